@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import kernels
 from .initramfs import MissingProgram
-from .machine import DIED, TIMEOUT, Disk, run
+from .machine import COMMAND, DIED, TIMEOUT, Disk, run
 
 DESCRIPTION = """\
 Run COMMAND under a Debian kernel in QEMU, over this machine's root file system.
@@ -101,7 +101,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.dmesg:
         Path(options.dmesg).write_text(result.log)
     if result.status:
-        for line in result.log.splitlines()[-TAIL:]:
+        lines = result.log.splitlines()
+        if not result.problem:  # what the command had to do with
+            lines = lines[next((n for n, line in enumerate(lines) if COMMAND in line), -1) + 1 :]
+        for line in lines[-TAIL:]:
             print(f"vm: kernel: {line}", file=sys.stderr)
     if result.problem:
         print(f"vm: {result.problem}", file=sys.stderr)

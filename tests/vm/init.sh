@@ -2,7 +2,7 @@
 # Process 1 of the guest, twice: from the initramfs it puts the root file system
 # together, then from that (with the argument "command") it runs the command.
 #
-# /run/settings: shell variables HOST_NAME, TOKEN, SHARES.   /run/command: a script.
+# /run/settings: shell variables TOKEN, FOLDER, SHARES, COMMAND.   /run/command: a script.
 
 if [ "$1" != command ]; then
     b=/bin/busybox
@@ -23,7 +23,7 @@ if [ "$1" != command ]; then
     # A current directory under /tmp or /run would vanish under what is mounted there.
     $b mkdir -p /keep "/root/lib/modules/$version"
     case $FOLDER in
-        /tmp/* | /run/* | /dev/shm/*) $b mount --bind "/root$FOLDER" /keep ;;
+        /tmp/* | /run/* | /dev/shm/*) $b mount --bind "/root$FOLDER" /keep && KEPT=1 ;;
     esac
     $b mount -t 9p -o $p9,ro,cache=loose modules "/root/lib/modules/$version"
     $b mount --move /proc /root/proc
@@ -34,7 +34,7 @@ if [ "$1" != command ]; then
     $b mkdir -p /root/dev/pts /root/dev/shm /root/dev/scratch /root/run/lock /root/run/vm
     $b mount -t devpts -o ptmxmode=666,mode=620,gid=5 pts /root/dev/pts
     $b mount -t tmpfs -o mode=1777 shm /root/dev/shm
-    if $b mountpoint -q /keep; then
+    if [ "$KEPT" ]; then
         $b mkdir -p "/root$FOLDER"
         $b mount --move /keep "/root$FOLDER"
     fi
@@ -58,7 +58,7 @@ for number in 0:stdin 1:stdout 2:stderr; do
 done
 $b mount -t cgroup2 cgroup2 /sys/fs/cgroup
 $b mount -t debugfs debugfs /sys/kernel/debug
-$b hostname "$HOST_NAME"
+$b hostname vm
 $b ifconfig lo 127.0.0.1 up
 for serial in /sys/block/vd*/serial; do
     [ -e "$serial" ] || continue
@@ -74,6 +74,7 @@ exec 3>"$port"
 $b mkfifo /run/vm/output
 $b cat /run/vm/output >&3 &
 cat=$!
+echo "$COMMAND" >/dev/kmsg
 /run/vm/command </dev/null >/run/vm/output 2>&1 3>&-
 status=$?
 # A daemon that the command left behind may hold the pipe open for ever.

@@ -197,7 +197,7 @@ def _unpack(debs: Iterable[Path], scratch: Path) -> Kernel:
     kernel = Kernel(version, scratch / "kernel")
     kernel.folder.mkdir()
     shutil.move(next(path for path in images if path.is_file()), kernel.image)
-    depmod = ["depmod", "--basedir", tree, version]
+    depmod: list[str | Path] = ["depmod", "--basedir", tree, version]
     subprocess.run(depmod, check=True)
     for path in Kernel(version, _view(folders[0], scratch)).needed(PLAIN):
         if path.suffix == ".xz":

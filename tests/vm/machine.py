@@ -18,8 +18,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 from . import initramfs, kernels
@@ -29,9 +29,8 @@ TIMEOUT = 600.0
 TIMED_OUT = 124  # as timeout(1)
 DIED = 125  # the machine ended without a word about the command
 
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # after the caller's
 ENVIRONMENT = {
-    "PATH": PATH,
     "HOME": "/root",
     "USER": "root",
     "LANG": "C.UTF-8",
@@ -42,6 +41,7 @@ KERNEL_PARAMETERS = (
     "mitigations=off tsc=reliable clocksource=tsc no_timer_check nowatchdog audit=0 "
     "cryptomgr.notests random.trust_cpu=on nokaslr panic=-1 oops=panic"
 )
+COMMAND = "vm: the command begins"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,19}")  # a virtio serial has 20 bytes
 
 
@@ -72,7 +72,7 @@ class Result:
 
     status: int  # the command's; 124 after the timeout; 125 if the machine died
     output: str  # what the command wrote, stdout and stderr as they came
-    log: str  # the kernel's messages
+    log: str  # the kernel's messages, with a line COMMAND where the command began
     problem: str  # why there is no exit status of the command; empty if there is one
 
 
@@ -107,12 +107,20 @@ def run(
     folder = os.path.abspath(cwd or os.getcwd())
     shared = [os.path.abspath(share) for share in shares]
     token = secrets.token_hex(16)
-    files = {
-        "settings": _settings(HOST_NAME="vm", TOKEN=token, FOLDER=folder, SHARES="\n".join(shared)),
-        "command": _script(argv, folder, {**ENVIRONMENT, **(env or {})}),
+    settings = {
+        "TOKEN": token,
+        "FOLDER": folder,
+        "SHARES": "\n".join(shared),
+        "COMMAND": COMMAND,
     }
-    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as initrd:
-        initrd.write(initramfs.build(found, bool(wanted), files))
+    texts = {
+        "settings": _assign(settings),
+        "command": _script(argv, folder, {"PATH": _path(), **ENVIRONMENT, **(env or {})}),
+    }
+    with ExitStack() as files:
+        log = files.enter_context(tempfile.TemporaryFile())
+        initrd = files.enter_context(tempfile.TemporaryFile())
+        initrd.write(initramfs.build(found, bool(wanted), texts))
         initrd.flush()
         qemu = Qemu(memory, 1 if icount else cpus, icount)
         qemu.boot(found, initrd, log)
@@ -120,22 +128,22 @@ def run(
         qemu.folder("modules", str(found.modules), readonly=True)
         for number, share in enumerate(shared):
             qemu.folder(f"share{number}", share, readonly=False)
-        try:
-            for disk in wanted:
-                qemu.disk(disk)
-            status, output, problem = _watch(qemu, token.encode(), timeout, echo)
-        finally:
-            qemu.close()
+        for disk in wanted:
+            where = "/dev/shm" if disk.fast else None
+            qemu.disk(disk, files.enter_context(tempfile.TemporaryFile(dir=where)))
+        status, output, problem = _watch(qemu, token.encode(), timeout, echo)
         log.seek(0)
-        messages = log.read().decode(errors="replace").replace("\r\n", "\n")
+        messages = log.read().decode(errors="replace").replace("\r", "")
+    panic = re.search("Kernel panic.*", messages)
+    if status == DIED and problem and panic:
+        problem = panic[0]
     return Result(status, output.decode(errors="replace"), messages, problem)
 
 
 class Qemu:
-    """The command line of a machine, and the files that it opens."""
+    """The command line of a machine.  Files given to it must stay open until it has started."""
 
     def __init__(self, memory: str, cpus: int, icount: bool) -> None:
-        self._files: list[IO[bytes]] = []
         self._fds: list[int] = []
         accel = ["-icount", "shift=0"] if icount else ["-accel", "tcg,thread=multi"]
         self.arguments = [
@@ -144,7 +152,7 @@ class Qemu:
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-machine", "q35,usb=off,vmport=off,smbus=off,hpet=off", *accel),
             *("-cpu", "max,la57=off", "-smp", str(cpus), "-m", memory),
-            *("-chardev", "stdio,id=output,signal=off"),
+            *("-chardev", "file,id=output,path=/proc/self/fd/1"),
             *("-device", "virtio-serial-pci,max_ports=2"),
             *("-device", "virtserialport,chardev=output,name=output"),
         ]
@@ -159,7 +167,7 @@ class Qemu:
     def folder(self, tag: str, path: str, *, readonly: bool) -> None:
         """Let the guest mount a folder of the host by its tag."""
         escaped = path.replace(",", ",,")
-        model = "none" if readonly else "passthrough" if os.geteuid() == 0 else "mapped-xattr"
+        model = "none" if readonly or os.geteuid() else "passthrough"
         self.arguments += [
             "-fsdev",
             f"local,id={tag},path={escaped},security_model={model},multidevs=remap"
@@ -168,11 +176,8 @@ class Qemu:
             f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
         ]
 
-    def disk(self, disk: Disk) -> None:
-        """Add an empty disk, sparse on the host."""
-        where = "/dev/shm" if disk.fast and Path("/dev/shm").is_dir() else None
-        file = tempfile.TemporaryFile(dir=where)
-        self._files.append(file)
+    def disk(self, disk: Disk, file: IO[bytes]) -> None:
+        """Add a disk in an empty file, which stays sparse."""
         file.truncate(disk.size)
         cache = "unsafe" if disk.fast else "writeback"
         self.arguments += [
@@ -194,10 +199,6 @@ class Qemu:
             start_new_session=True,  # Ctrl-C is ours to handle
         )
 
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
-
     def _path(self, fd: int) -> str:
         self._fds.append(fd)
         return f"/proc/self/fd/{fd}"
@@ -209,7 +210,7 @@ def _watch(
     """Run the machine until its last word; return status, output, problem."""
     deadline = time.monotonic() + timeout
     received, complaints, echoed = bytearray(), bytearray(), 0
-    ending = re.compile(re.escape(token) + rb" (\d+)\n")
+    ending = re.compile(token + rb" (\d+)\n")
     process = qemu.start()
     try:
         with selectors.DefaultSelector() as selector:
@@ -225,16 +226,13 @@ def _watch(
                     if not data:
                         selector.unregister(key.fileobj)
                     key.data.extend(data)
-                end = ending.search(received, max(0, echoed - len(token)))
-                # Without an end yet: what may be the start of the token stays here.
-                whole = end.start() if end else max(echoed, received.rfind(token[:1]))
-                start = received.find(token[0], max(echoed, len(received) - len(token) - 5))
-                whole = end.start() if end else len(received) if start < 0 else start
-                if echo and whole > echoed:
-                    echo(bytes(received[echoed:whole]))
-                echoed = max(echoed, whole)
+                end = ending.search(received, echoed)
+                known = end.start() if end else len(received) - _held(received, token)
+                if echo and known > echoed:
+                    echo(bytes(received[echoed:known]))
+                echoed = known
                 if end:
-                    return int(end[1]), bytes(received[: end.start()]), ""
+                    return int(end[1]), bytes(received[:known]), ""
         process.wait()
         reason = complaints.decode(errors="replace").strip() or "the guest gave up"
         return DIED, bytes(received), f"the machine ended early: {reason}"
@@ -246,7 +244,20 @@ def _watch(
             pipe.close()
 
 
-def _settings(**values: str) -> str:
+def _held(received: bytearray, token: bytes) -> int:
+    """Return how many bytes at the end may be the beginning of the last word."""
+    start = received.find(token, max(0, len(received) - len(token) - len(b" 255\n")))
+    if start >= 0:
+        return len(received) - start
+    return next(n for n in range(len(token) - 1, -1, -1) if received.endswith(token[:n]))
+
+
+def _path() -> str:
+    folders = [*os.environ.get("PATH", "").split(":"), *PATH.split(":")]
+    return ":".join(dict.fromkeys(folder for folder in folders if folder.startswith("/")))
+
+
+def _assign(values: Mapping[str, str]) -> str:
     return "".join(f"{name}={shlex.quote(value)}\n" for name, value in values.items())
 
 
@@ -258,5 +269,5 @@ def _script(
     return (
         "#!/run/vm/busybox sh\n"
         f"cd {shlex.quote(folder)} || exit {DIED}\n"
-        f"exec /run/vm/busybox env -i {variables} {command}\n"
+        f"exec /usr/bin/env -i {variables} {command}\n"
     )
