@@ -81,7 +81,9 @@ class HostFile:
         """Exactly `length` bytes at `offset`; Corrupt if the file ends before."""
         data = self.pread_padded(offset, length)
         if offset < 0 or offset + length > self.size:
-            raise Corrupt(self, f"byte {offset}", f"{length} bytes wanted, file ends at {self.size}")
+            raise Corrupt(
+                self, f"byte {offset}", f"{length} bytes wanted, file ends at {self.size}"
+            )
         return data
 
     def pread_padded(self, offset: int, length: int) -> bytes:
@@ -134,7 +136,9 @@ class HostFile:
             raise Busy(
                 self,
                 "",
-                "in use by another program" if self.writable else "being written by another program",
+                "in use by another program"
+                if self.writable
+                else "being written by another program",
                 hint="see virtmount list, or stop the virtual machine that uses it",
             )
 
@@ -166,6 +170,14 @@ class HostFile:
             offset += step
             length -= step
 
+    def truncate(self, size: int) -> None:
+        """Set the file's length; new bytes read as zeros."""
+        os.ftruncate(self.fd, size)
+
+    def resize(self, size: int) -> None:
+        """Make the file exactly `size` bytes long; new bytes read as zeros."""
+        os.ftruncate(self.fd, size)
+
     def sync(self) -> None:
         os.fdatasync(self.fd)
 
@@ -196,7 +208,7 @@ def execute(
         elif isinstance(step, Extend):
             file = files[step.file]
             if file.size < step.size:
-                os.ftruncate(file.fd, step.size)
+                file.truncate(step.size)
         elif isinstance(step, Punch | Truncate):
             if not drained:
                 drain()
@@ -205,7 +217,7 @@ def execute(
             if isinstance(step, Punch):
                 file.punch(step.offset, step.length)
             elif file.size > step.size:
-                os.ftruncate(file.fd, step.size)
+                file.truncate(step.size)
         else:
             # Guest data lies in the files too, so a barrier covers all of them.
             sync_all(files)
