@@ -174,10 +174,6 @@ class HostFile:
         """Set the file's length; new bytes read as zeros."""
         os.ftruncate(self.fd, size)
 
-    def resize(self, size: int) -> None:
-        """Make the file exactly `size` bytes long; new bytes read as zeros."""
-        os.ftruncate(self.fd, size)
-
     def sync(self) -> None:
         os.fdatasync(self.fd)
 
