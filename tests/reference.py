@@ -2,7 +2,7 @@
 
 It is the oracle of the C engine and of the drivers: what it does with an Image is what the
 contract in virtmount/image.py asks for, in the plainest order.  All host writes go through the
-HostFile methods pwrite, resize, punch and sync of the image's files, so that a subclass of
+HostFile methods pwrite, truncate, punch and sync of the image's files, so that a subclass of
 HostFile records or fails each of them.
 """
 

@@ -170,6 +170,10 @@ class HostFile:
             offset += step
             length -= step
 
+    def truncate(self, size: int) -> None:
+        """Set the file's length; new bytes read as zeros."""
+        os.ftruncate(self.fd, size)
+
     def sync(self) -> None:
         os.fdatasync(self.fd)
 
@@ -200,7 +204,7 @@ def execute(
         elif isinstance(step, Extend):
             file = files[step.file]
             if file.size < step.size:
-                file.resize(step.size)
+                file.truncate(step.size)
         elif isinstance(step, Punch | Truncate):
             if not drained:
                 drain()
@@ -209,7 +213,7 @@ def execute(
             if isinstance(step, Punch):
                 file.punch(step.offset, step.length)
             elif file.size > step.size:
-                file.resize(step.size)
+                file.truncate(step.size)
         else:
             # Guest data lies in the files too, so a barrier covers all of them.
             sync_all(files)
