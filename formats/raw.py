@@ -1,0 +1,55 @@
+"""Raw: the file is the disk.  A regular file or a block device.
+
+Nothing in such a file says that it is an image, so the probe never claims more than LIKELY.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from virtmount.errors import NotAnImage
+from virtmount.hostfile import HostFile
+from virtmount.image import Caps, Dirty, Image, Leaf, Match
+from virtmount.plan import Plan, Punch
+
+SECTOR = 512
+CLUSTER = 64 << 10  # nominal: what discard gives back, and the unit where a chain needs one
+LEAF = 1024
+MAX_SIZE = (1 << 63) - (1 << 20)
+
+
+class Raw(Image):
+    name: ClassVar[str] = "raw"
+
+    @classmethod
+    def probe(cls, head: bytes, tail: bytes, size: int) -> Match:
+        return Match.LIKELY if size > 0 else Match.NO
+
+    def __init__(self, file: HostFile) -> None:
+        size = file.size
+        if size == 0:
+            raise NotAnImage(file, "", "empty: a raw image has at least one byte")
+        if size > MAX_SIZE:
+            raise NotAnImage(file, "", f"{size} bytes, the largest disk has {MAX_SIZE}")
+        self.files = [file]
+        self.variant = "device" if file.is_device else "file"
+        # A file that ends inside a sector: the rest reads as zeros, and the first write to that
+        # sector makes the file whole.
+        self.size = -(-size // SECTOR) * SECTOR
+        self.sector_size = SECTOR
+        self.cluster_size = CLUSTER
+        self.entries_per_leaf = LEAF
+        self.flat = 0
+        self.caps = Caps(write=file.writable, discard=file.writable, zero_hides_parent=True)
+
+    def leaf(self, index: int) -> Leaf:
+        return Leaf(base=index * LEAF * CLUSTER)
+
+    def commit(self, dirty: Sequence[Dirty]) -> Plan:
+        assert not dirty, "every cluster is written in place"
+        return Plan()
+
+    def discard(self, first: int, count: int) -> Plan:
+        end = min((first + count) * CLUSTER, self.size)
+        return Plan(Punch(first * CLUSTER, end - first * CLUSTER))
