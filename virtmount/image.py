@@ -100,7 +100,7 @@ class Run(NamedTuple):
     """`count` adjacent host clusters from byte `host_offset` of file `file`."""
 
     host_offset: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     file: int = 0
 
 
