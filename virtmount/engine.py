@@ -1,0 +1,360 @@
+"""The typed face of the C engine: numbers and buffers in, results or OSError out.
+
+Nothing is decided here.  native/engine.h says what each call does and from which thread it may
+come.  Buffers are handed over without a copy, so they must stay alive and unchanged until the
+call returns; every call lets other Python threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from virtmount.errors import NoTransport
+from virtmount.image import Dirty, Layout, Run
+
+FAULT_BATCH = 256
+DIRTY_BATCH = 1 << 16
+POOL_BATCH = 256
+
+# Anything with the buffer protocol; collections.abc.Buffer comes with Python 3.12.
+Buffer = bytes | bytearray | memoryview
+
+
+@functools.cache
+def native() -> Any:
+    """The compiled module (`ffi`, `lib`), loaded at first use: drivers need no compiler."""
+    try:
+        _engine = importlib.import_module("virtmount._engine")
+    except ImportError as error:
+        raise NoTransport(
+            "virtmount", "", f"the C engine is not built ({error})", hint="make build"
+        ) from error
+    return _engine
+
+
+class FaultType(enum.IntEnum):
+    FILL = 1
+    INFLATE = 2
+    REFILL = 3
+    BEGIN = 4
+    FLUSH = 5
+    DISCARD = 6
+    ZERO = 7
+    FAILED = 8
+    LOST = 9
+    DEVICE = 10
+
+
+class Flag(enum.IntFlag):
+    READ_ONLY = 1
+    WRITETHROUGH = 2
+    CAN_ZERO = 4
+    CAN_DISCARD = 8
+    FLAT = 16
+
+
+class Op(enum.IntEnum):
+    READ = 0
+    WRITE = 1
+    FLUSH = 2
+    DISCARD = 3
+    WRITE_ZEROES = 5
+
+
+class IoFlag(enum.IntFlag):
+    FUA = 1
+    NOUNMAP = 2
+
+
+NO_FLAGS = Flag(0)
+NO_IO_FLAGS = IoFlag(0)
+
+
+class UblkMode(enum.IntEnum):
+    USER_COPY = 1
+    AUTO_BUF = 2
+
+
+class Fault(NamedTuple):
+    """struct vm_fault; of FAILED, `arg` is made signed again."""
+
+    id: int
+    type: FaultType
+    offset: int
+    length: int
+    arg: int
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """struct vm_config."""
+
+    size: int
+    unit_shift: int
+    cluster_shift: int
+    leaf_units: int
+    sector_size: int = 512
+    flags: Flag = NO_FLAGS
+    flat_offset: int = 0
+    map_bytes: int = 0
+
+
+def check(result: int) -> int:
+    """A result of the engine, or the OSError that it stands for."""
+    if result < 0:
+        raise OSError(-result, os.strerror(-result))
+    return result
+
+
+class Engine:
+    """One vm_engine.  close() only after run() has returned, or was never called."""
+
+    def __init__(self, config: Config) -> None:
+        module = native()
+        self._ffi, self._lib = module.ffi, module.lib
+        c_config = self._ffi.new(
+            "struct vm_config *",
+            {
+                "size": config.size,
+                "flat_offset": config.flat_offset,
+                "sector_size": config.sector_size,
+                "unit_shift": config.unit_shift,
+                "cluster_shift": config.cluster_shift,
+                "leaf_units": config.leaf_units,
+                "flags": int(config.flags),
+                "map_bytes": config.map_bytes,
+            },
+        )
+        ret = self._ffi.new("struct vm_engine **")
+        check(self._lib.vm_engine_create(c_config, ret))
+        self._engine = ret[0]
+        self.config = config
+        self._faults = self._ffi.new("struct vm_fault[]", FAULT_BATCH)
+        self._dirty = self._ffi.new("struct vm_dirty[]", DIRTY_BATCH)
+        self._null = self._ffi.NULL
+
+    def close(self) -> None:
+        """Free it; harmless when repeated.  No other call may come afterwards."""
+        if self._engine:
+            self._lib.vm_engine_destroy(self._engine)
+            self._engine = self._null
+
+    def add_file(self, fd: int, *, direct_fd: int = -1, direct_align: int = 0, owned: bool) -> int:
+        return check(
+            self._lib.vm_engine_add_file(self._engine, fd, direct_fd, direct_align, int(owned))
+        )
+
+    def run(self) -> None:
+        """The loop; returns after stop().  OSError: there is no io_uring."""
+        check(self._lib.vm_engine_run(self._engine))
+
+    def stop(self) -> None:
+        self._lib.vm_engine_stop(self._engine)
+
+    # Questions and answers
+
+    def faults_wait(self, timeout_ms: int = -1) -> list[Fault]:
+        """At least one fault, or none at timeout.  OSError ESHUTDOWN once the loop has ended."""
+        faults = self._faults
+        count = check(self._lib.vm_faults_wait(self._engine, faults, FAULT_BATCH, timeout_ms))
+        return [_fault(faults[i]) for i in range(count)]
+
+    def fill(self, fault_id: int, entries: Any, error: int = 0) -> None:
+        """Answer FILL with an array of leaf_units 64-bit map entries, or None and -errno."""
+        if entries is None:
+            check(self._lib.vm_fill(self._engine, fault_id, self._null, 0, error))
+            return
+        pointer = self._ffi.from_buffer("uint64_t[]", entries)
+        check(self._lib.vm_fill(self._engine, fault_id, pointer, len(entries), error))
+
+    def inflated(self, fault_id: int, offset: int, data: Buffer, error: int = 0) -> None:
+        pointer = self._ffi.from_buffer(data)
+        check(self._lib.vm_inflated(self._engine, fault_id, offset, pointer, len(data), error))
+
+    def pool_add(self, run: Run, *, reused: bool) -> None:
+        check(
+            self._lib.vm_pool_add(self._engine, run.file, run.host_offset, run.count, int(reused))
+        )
+
+    def answer(self, fault_id: int, error: int = 0) -> None:
+        check(self._lib.vm_answer(self._engine, fault_id, error))
+
+    def dirty_take(self) -> list[Dirty]:
+        """New mappings, at most DIRTY_BATCH; unless there are none, dirty_done() must follow."""
+        count = check(self._lib.vm_dirty_take(self._engine, self._dirty, DIRTY_BATCH))
+        return [
+            Dirty(row.cluster, row.host_offset, bool(row.barrier))
+            for row in self._ffi.unpack(self._dirty, count)
+        ]
+
+    def dirty_done(self, error: int = 0) -> None:
+        check(self._lib.vm_dirty_done(self._engine, error))
+
+    def drain(self) -> None:
+        check(self._lib.vm_drain(self._engine))
+
+    def pool_take(self) -> list[Run]:
+        """All runs of the pool; it is empty afterwards."""
+        ranges = self._ffi.new("struct vm_range[]", POOL_BATCH)
+        files = self._ffi.new("uint32_t[]", POOL_BATCH)
+        runs: list[Run] = []
+        while count := check(self._lib.vm_pool_take(self._engine, ranges, files, POOL_BATCH)):
+            for i in range(count):
+                clusters = ranges[i].length >> self.config.cluster_shift
+                runs.append(Run(ranges[i].offset, clusters, files[i]))
+        return runs
+
+    def set_failed(self, error: int) -> None:
+        check(self._lib.vm_set_failed(self._engine, error))
+
+    # Requests
+
+    def read_into(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Fill the buffer; offset and length are multiples of 512 inside the disk."""
+        pointer = self._ffi.from_buffer(buffer, require_writable=True)
+        self._io(Op.READ, offset, len(buffer), pointer, 0)
+
+    def read(self, offset: int, length: int) -> bytes:
+        # Not a bytearray: that would be zeroed first and then be copied all the same.
+        data = _unzeroed(length)
+        self._io(Op.READ, offset, length, data, 0)
+        return bytes(self._ffi.buffer(data, length))
+
+    def write(self, offset: int, data: Buffer, flags: IoFlag = NO_IO_FLAGS) -> None:
+        self._io(Op.WRITE, offset, len(data), self._ffi.from_buffer(data), int(flags))
+
+    def io(self, op: Op, offset: int = 0, length: int = 0, flags: IoFlag = NO_IO_FLAGS) -> None:
+        """A request without data: FLUSH, DISCARD, WRITE_ZEROES."""
+        self._io(op, offset, length, self._null, int(flags))
+
+    def _io(self, op: Op, offset: int, length: int, data: Any, flags: int) -> None:
+        check(self._lib.vm_io(self._engine, op, offset, length, data, flags))
+
+    def stats(self) -> dict[str, Any]:
+        """struct vm_stats; `faults` is a dict by the fault's name, with `all`."""
+        c_stats = self._ffi.new("struct vm_stats *")
+        check(self._lib.vm_stats(self._engine, c_stats))
+        result: dict[str, Any] = {}
+        for name, _ in self._ffi.typeof("struct vm_stats").fields:
+            if name == "faults":
+                counts = list(c_stats.faults)
+                result[name] = {kind.name.lower(): counts[kind] for kind in FaultType}
+                result[name]["all"] = counts[0]
+            elif name != "reserved":
+                result[name] = getattr(c_stats, name)
+        return result
+
+    def ublk_serve(self, cdev_fd: int, depth: int, max_io: int, mode: UblkMode) -> None:
+        """Serve queue 0; returns when START_DEV may follow.  The engine closes cdev_fd."""
+        check(self._lib.vm_ublk_serve(self._engine, cdev_fd, depth, max_io, mode))
+
+
+def _fault(c_fault: Any) -> Fault:
+    kind, arg = FaultType(c_fault.type), c_fault.arg
+    if kind is FaultType.FAILED and arg >= 1 << 63:
+        arg -= 1 << 64
+    return Fault(c_fault.id, kind, c_fault.offset, c_fault.length, arg)
+
+
+@functools.cache
+def _allocator() -> Any:
+    return native().ffi.new_allocator(should_clear_after_alloc=False)
+
+
+def _unzeroed(length: int) -> Any:
+    return _allocator()("char[]", length)
+
+
+def ublk_control(control_fd: int, command: int, payload: Buffer) -> int:
+    """One control command; `payload` is a struct ublksrv_ctrl_cmd of 32 bytes.  Blocks."""
+    module = native()
+    pointer = module.ffi.from_buffer(payload)
+    return check(module.lib.vm_ublk_control(control_fd, command, pointer))
+
+
+# Decoding tables: what the Pager needs of native/decode.c.
+
+
+class Ranges:
+    """A sorted array of struct vm_range; overlapping and adjacent ones are merged."""
+
+    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
+        merged: list[list[int]] = []
+        for offset, length in sorted(ranges):
+            if length <= 0:
+                continue
+            if merged and offset <= merged[-1][0] + merged[-1][1]:
+                last = merged[-1]
+                last[1] = max(last[1], offset + length - last[0])
+            else:
+                merged.append([offset, length])
+        self.count = len(merged)
+        self.array = native().ffi.new("struct vm_range[]", merged)
+
+
+class Decoder:
+    """One layer's Layout as the C side wants it."""
+
+    def __init__(self, layout: Layout, layer: int, unit: int, repeat: int) -> None:
+        module = native()
+        self._ffi, self._decode = module.ffi, module.lib.vm_decode
+        self._layer, self._unit, self._repeat = layer, unit, repeat
+        if len(layout.rules) > 5:
+            raise ValueError(f"{len(layout.rules)} rules, the engine knows 5")
+        self._layout = self._ffi.new(
+            "struct vm_layout *",
+            {
+                "width": layout.width,
+                "big_endian": layout.byteorder == "big",
+                "mask": layout.mask,
+                "scale": layout.scale,
+                "bias": layout.bias,
+                "low": layout.low,
+                "rule_count": len(layout.rules),
+                "rules": [
+                    {"mask": rule.mask, "value": rule.value, "kind": int(rule.kind)}
+                    for rule in layout.rules
+                ],
+            },
+        )
+        self._width = layout.width
+
+    def decode(
+        self,
+        raw: bytes,
+        entries: Any,
+        at: int,
+        count: int,
+        *,
+        source: int,
+        skip: int,
+        limit: int,
+        forbidden: Ranges | None,
+    ) -> int:
+        """Fill entries[at : at + count] where they are still ABSENT; how many became PARTIAL."""
+        if not 0 <= at <= at + count <= len(entries):
+            raise ValueError(f"units {at}+{count} of {len(entries)}")
+        pointer = self._ffi.from_buffer("uint64_t[]", entries)
+        return check(
+            self._decode(
+                self._layout,
+                self._ffi.from_buffer(raw),
+                len(raw) // self._width,
+                source,
+                self._layer,
+                self._unit,
+                self._repeat,
+                skip,
+                limit,
+                forbidden.array if forbidden else self._ffi.NULL,
+                forbidden.count if forbidden else 0,
+                pointer + at,
+                count,
+            )
+        )
