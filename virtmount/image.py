@@ -326,10 +326,16 @@ def leaf_extents(
 
 @dataclass(slots=True)
 class Chain:
-    """An image and its parents, the image itself first; `extents` resolves through all of them."""
+    """An image and its parents, the image itself first.  chain.py opens one."""
 
     images: list[Image] = field(default_factory=list)
 
     @property
     def top(self) -> Image:
         return self.images[0]
+
+    def close(self) -> None:
+        """Close and unlock all files; harmless when repeated."""
+        for image in self.images:
+            for file in image.files:
+                file.close()
