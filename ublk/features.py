@@ -19,6 +19,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from virtmount.engine import UblkMode
 from virtmount.errors import Denied, NoTransport
 from virtmount.ublk.control import CONTROL, Control
 
@@ -52,13 +53,6 @@ class Flag(enum.IntFlag):
     IO_DESC_SIZE = 1 << 20
 
 
-class Mode(enum.IntEnum):
-    """How request data moves; the numbers of enum vm_ublk_mode in native/engine.h."""
-
-    USER_COPY = 1  # pread and pwrite on /dev/ublkcN
-    AUTO_BUF = 2  # the kernel registers each request's pages with the ring: no copy
-
-
 ZERO_COPY = Flag.AUTO_BUF_REG | Flag.SUPPORT_ZERO_COPY | Flag.USER_COPY
 
 
@@ -71,11 +65,11 @@ def wanted(known: int) -> Flag:
     return flags | (Flag(known) & Flag.NO_AUTO_PART_SCAN)
 
 
-def mode(granted: int) -> Mode | None:
+def mode(granted: int) -> UblkMode | None:
     """How to move data with the flags that came back; None where there is no way for us."""
     if granted & ZERO_COPY == ZERO_COPY:
-        return Mode.AUTO_BUF
-    return Mode.USER_COPY if granted & Flag.USER_COPY else None
+        return UblkMode.AUTO_BUF
+    return UblkMode.USER_COPY if granted & Flag.USER_COPY else None
 
 
 def known(control: Control) -> int:

@@ -5,9 +5,10 @@ import subprocess
 
 import pytest
 
+from virtmount.engine import UblkMode
 from virtmount.errors import Denied, NoTransport
 from virtmount.ublk import features
-from virtmount.ublk.features import Flag, Mode
+from virtmount.ublk.features import Flag
 
 LINUX_6_12 = 0x1FF
 LINUX_6_19 = 0x7FFF
@@ -29,9 +30,9 @@ def test_flags_to_ask_for(known, asked):
 @pytest.mark.parametrize(
     ("granted", "mode"),
     [
-        (0xC2, Mode.USER_COPY),  # what 6.12 left of 0x40881
-        (0x8C3, Mode.AUTO_BUF),
-        (0x882, Mode.USER_COPY),  # zero copy refused
+        (0xC2, UblkMode.USER_COPY),  # what 6.12 left of 0x40881
+        (0x8C3, UblkMode.AUTO_BUF),
+        (0x882, UblkMode.USER_COPY),  # zero copy refused
         (0x42, None),
     ],
 )
