@@ -104,7 +104,7 @@ enum vm_fault_type {
     VM_FAULT_FLUSH = 5,    /* make everything acknowledged so far durable -> vm_answer */
     VM_FAULT_DISCARD = 6,  /* offset, length: whole clusters, nothing else uses them until -> vm_answer */
     VM_FAULT_ZERO = 7,     /* the same, and they must read as zeros -> vm_answer; EOPNOTSUPP: the engine writes zeros */
-    VM_FAULT_FAILED = 8,   /* no answer: arg = -errno of a host write or sync; offset = guest offset */
+    VM_FAULT_FAILED = 8,   /* no answer: arg = errno of a host write or sync; offset = guest offset */
     VM_FAULT_LOST = 9,     /* no answer: host cluster at offset of file arg was taken from the pool, the write failed */
     VM_FAULT_DEVICE = 10   /* no answer: the ublk device was stopped and all its requests are done */
 };

@@ -1,0 +1,124 @@
+/* Pieces: single host requests, through the ring.  A short result is continued, never passed on. */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "internal.h"
+
+struct io_uring_sqe *next_sqe(struct vm_engine *engine)
+{
+    struct io_uring_sqe *sqe;
+    while (!(sqe = io_uring_get_sqe(&engine->ring))) {
+        int submitted = io_uring_submit(&engine->ring);
+        if (submitted < 0 && submitted != -EINTR && submitted != -EAGAIN && submitted != -EBUSY)
+            abort();  // the ring is gone: nothing that was acknowledged is touched by dying
+    }
+    return sqe;
+}
+
+struct piece *piece_new(struct vm_engine *engine, uint8_t op)
+{
+    struct piece *piece = engine->free_pieces;
+    if (piece)
+        engine->free_pieces = piece->next;
+    else if (!(piece = malloc(sizeof *piece)))
+        abort();
+    *piece = (struct piece){.op = op};
+    return piece;
+}
+
+static void enter(struct vm_engine *engine, struct piece *piece)
+{
+    struct io_uring_sqe *sqe = next_sqe(engine);
+    struct file *file = &engine->files[piece->file];
+    uint64_t bits = piece->host | piece->length
+                    | (piece->mover == IN_MEMORY ? (uintptr_t)piece->buf : 0);
+    int fd = file->direct_fd >= 0 && !(bits & (file->align - 1)) ? file->direct_fd : file->fd;
+    bool kernel = piece->mover == IN_KERNEL;
+    switch (piece->op) {
+    case PIECE_READ:
+        io_uring_prep_read(sqe, fd, piece->buf, piece->length, piece->host);
+        sqe->opcode = kernel ? IORING_OP_READ_FIXED : IORING_OP_READ;
+        break;
+    case PIECE_WRITE:
+        io_uring_prep_write(sqe, fd, piece->buf, piece->length, piece->host);
+        sqe->opcode = kernel ? IORING_OP_WRITE_FIXED : IORING_OP_WRITE;
+        break;
+    case PIECE_ZERO:
+        io_uring_prep_read(sqe, engine->zero_fd, piece->buf, piece->length, 0);
+        sqe->opcode = IORING_OP_READ_FIXED;
+        break;
+    case PIECE_SYNC:
+        io_uring_prep_fsync(sqe, file->fd, IORING_FSYNC_DATASYNC);
+        break;
+    }
+    if (kernel)
+        sqe->buf_index = piece->tag;
+    io_uring_sqe_set_data64(sqe, (uintptr_t)piece);
+}
+
+void piece_submit(struct vm_engine *engine, struct piece *piece)
+{
+    piece->epoch = engine->epoch;
+    engine->flying[piece->epoch]++;
+    engine->stats.host_reads += piece->op == PIECE_READ;
+    engine->stats.host_writes += piece->op == PIECE_WRITE;
+    engine->stats.host_syncs += piece->op == PIECE_SYNC;
+    enter(engine, piece);
+}
+
+// Returns true when the piece is over.
+static bool advance(struct vm_engine *engine, struct piece *piece, int *result)
+{
+    if (*result == -EINTR || *result == -EAGAIN) {
+        enter(engine, piece);
+        return false;
+    }
+    if (*result < 0 || piece->op == PIECE_SYNC)
+        return true;
+    if ((uint32_t)*result < piece->length) {
+        if (*result == 0 && piece->op == PIECE_READ) {
+            // Past the end of the file: a last cluster may be short, and reads as zeros.
+            if (piece->mover == IN_MEMORY) {
+                memset(piece->buf, 0, piece->length);
+                return true;
+            }
+            piece->op = PIECE_ZERO;
+        } else if (*result == 0) {
+            *result = -EIO;
+            return true;
+        }
+        piece->host += *result;
+        piece->buf += *result;
+        piece->length -= *result;
+        enter(engine, piece);
+        return false;
+    }
+    return true;
+}
+
+void piece_done(struct vm_engine *engine, struct piece *piece, int result)
+{
+    if (!advance(engine, piece, &result))
+        return;
+    int error = result < 0 ? result : 0;
+    struct request *request = piece->request;
+    struct alloc *alloc = piece->alloc;
+    struct copy *copy = piece->copy;
+    if (error && piece->op != PIECE_READ)
+        fault_tell(engine, VM_FAULT_FAILED, request ? request->offset : copy->base, 0,
+                   (uint64_t)-(int64_t)error);
+    // A failed sync is reported once by the kernel, so nothing later may claim to be durable.
+    if (error && piece->op == PIECE_SYNC)
+        engine_fail(engine, error);
+    engine->flying[piece->epoch]--;
+    piece->next = engine->free_pieces;
+    engine->free_pieces = piece;
+    if (copy) {
+        copy_write_done(engine, copy, error);
+        return;
+    }
+    if (alloc)
+        alloc_part_done(engine, alloc, error);
+    request_piece_done(engine, request, error);
+}
