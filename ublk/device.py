@@ -58,8 +58,8 @@ Serve = Callable[[int, int, int, UblkMode], None]
 class UblkDevice(Transport):
     """A disk as /dev/ublkbN.
 
-    `serve` hands ublkcN to the engine, which owns the descriptor from then on, and closes it and
-    has `gone` set when the device is stopped and every request has been answered.
+    `serve` hands ublkcN to the engine, which owns the descriptor unless that fails.  When the
+    device is stopped and every request has been answered, the engine closes it and `gone` is set.
     """
 
     name: ClassVar[str] = "ublk"
@@ -190,13 +190,12 @@ class UblkDevice(Transport):
 
     def _do_serve(self) -> None:
         fd = _open_when_free(self._cdev, OPEN_TIMEOUT)
-        # From here on the descriptor is the engine's, whatever happens.
-        self._served = True
         try:
             self._serve_with(fd, self.info.depth, self.info.max_io, self.mode)
         except BaseException:
-            self._undo_serve()
+            os.close(fd)
             raise
+        self._served = True
 
     def _undo_serve(self) -> None:
         with _already_gone():

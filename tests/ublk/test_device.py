@@ -56,9 +56,9 @@ class Driver:
         self._command("params")
 
     def serve(self, fd, depth, max_io, mode):
+        self._command("serve")
         os.close(fd)
         self.cdev_open = True
-        self._command("serve")
         self.mode = mode
 
     def start(self, device_id, pid):
@@ -165,7 +165,7 @@ def test_no_mode_granted_is_undone_and_said(driver):
     [
         ("add", []),
         ("params", ["delete"]),
-        ("serve", ["stop", "delete"]),
+        ("serve", ["delete"]),
         ("start", ["stop", "delete"]),
     ],
 )
