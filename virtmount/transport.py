@@ -51,5 +51,5 @@ class Transport(ABC):
     def wait_gone(self, timeout: float | None = None) -> bool:
         """Wait until somebody else took the device away; False after `timeout` seconds.
 
-        Woken by stop() too.  Called on the main thread: signal handlers run in between.
+        Woken by stop() too.  Called on a thread of its own.
         """
