@@ -47,6 +47,7 @@ class Partition:
     uuid: str
     name: str = ""
     bootable: bool = False
+    is_extended: bool = False  # MBR: a box that the logical partitions are in
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,15 @@ def _read_mbr(read: Read, record: bytes, disk_size: int, sector_size: int) -> Ta
         partition_id = f"{disk_id:08x}-{number:02x}"
         bootable = slot.status == 0x80
         partitions.append(
-            Partition(number, start, size, f"{slot.type:x}", partition_id, bootable=bootable)
+            Partition(
+                number,
+                start,
+                size,
+                f"{slot.type:x}",
+                partition_id,
+                bootable=bootable,
+                is_extended=slot.type in _EXTENDED,
+            )
         )
 
     extended: list[_Slot] = []

@@ -85,6 +85,7 @@ def test_agrees_with_sfdisk(tmp_path: Path, script: str) -> None:
     found = list(table.partitions)
     if label == "dos":
         assert [p.uuid for p in found] == [f"12345678-{p.number:02x}" for p in found]
+        assert [p.number for p in found if p.is_extended] == [2]
         found = [Partition(p.number, p.start, p.size, p.type, "", "", p.bootable) for p in found]
         assert [p.number for p in found] == [1, 2, 3, 4, 5, 6, 7]
     assert found == expected
