@@ -93,7 +93,7 @@ class Disk:
             # What a shorter parent has behind its end is not the disk's, so no unit may
             # reach across it.
             size = round_up(layer.size, SECTOR)
-            if size < self.size:
+            if 0 < size < self.size:
                 unit = min(unit, size & -size)
         return unit
 

@@ -7,11 +7,12 @@ call returns; every call lets other Python threads run meanwhile.
 
 from __future__ import annotations
 
+import bisect
 import enum
 import functools
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ class UblkMode(enum.IntEnum):
 
 
 class Fault(NamedTuple):
-    """struct vm_fault; of FAILED, `arg` is made signed again."""
+    """struct vm_fault."""
 
     id: int
     type: FaultType
@@ -256,10 +257,7 @@ class Engine:
 
 
 def _fault(c_fault: Any) -> Fault:
-    kind, arg = FaultType(c_fault.type), c_fault.arg
-    if kind is FaultType.FAILED and arg >= 1 << 63:
-        arg -= 1 << 64
-    return Fault(c_fault.id, kind, c_fault.offset, c_fault.length, arg)
+    return Fault(c_fault.id, FaultType(c_fault.type), c_fault.offset, c_fault.length, c_fault.arg)
 
 
 @functools.cache
@@ -282,20 +280,27 @@ def ublk_control(control_fd: int, command: int, payload: Buffer) -> int:
 
 
 class Ranges:
-    """A sorted array of struct vm_range; overlapping and adjacent ones are merged."""
+    """Sorted host ranges, for Python and as a C array; overlapping and adjacent ones are merged."""
 
-    def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
-        merged: list[list[int]] = []
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
         for offset, length in sorted(ranges):
             if length <= 0:
                 continue
-            if merged and offset <= merged[-1][0] + merged[-1][1]:
-                last = merged[-1]
-                last[1] = max(last[1], offset + length - last[0])
+            if self._ends and offset <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], offset + length)
             else:
-                merged.append([offset, length])
-        self.count = len(merged)
-        self.array = native().ffi.new("struct vm_range[]", merged)
+                self._starts.append(offset)
+                self._ends.append(offset + length)
+        self.count = len(self._starts)
+        pairs = [(start, end - start) for start, end in zip(self._starts, self._ends, strict=True)]
+        self.array = native().ffi.new("struct vm_range[]", pairs)
+
+    def touch(self, offset: int, length: int) -> bool:
+        """Whether any of them touches [offset, offset + length)."""
+        i = bisect.bisect_right(self._ends, offset)
+        return i < self.count and self._starts[i] < offset + length
 
 
 class Decoder:
