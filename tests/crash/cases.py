@@ -1,0 +1,190 @@
+"""The images that are crashed: one per way in which a format can be written."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.crash.checkers import (
+    VHDX_METADATA,
+    VHDX_SECTOR_SIZE,
+    Findings,
+    check_qcow2,
+    check_vdi,
+    check_vhdx,
+    vhdx_regions,
+)
+from tests.crash.simulate import SimulatedFile, Store
+from tests.crash.workload import Mix, patterns
+from tests.reference import Reference
+from virtmount.formats import load
+from virtmount.hostfile import HostFile
+from virtmount.image import Image, Kind
+
+BASE_WRITES = 1_000_000  # numbers of the writes that made what is there before the workload
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image, its parent, and the workload that suits it."""
+
+    name: str
+    format: str
+    size: int
+    cluster: int
+    options: tuple[str, ...] = ()  # qemu-img create -o
+    parent: bool = False
+    compressed: bool = False
+    sector: int = 512
+    count: int = 60  # requests in the workload
+    warmup: int = 0  # write, flush, discard, flush rounds before it, without cuts
+    mix: Mix = field(default_factory=Mix)
+
+    def check(self, store: Store) -> Findings:
+        return CHECKERS[self.format](store)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CHECKERS: dict[str, Callable[[Store], Findings]] = {
+    "qcow2": check_qcow2,
+    "vdi": check_vdi,
+    "vhdx": check_vhdx,
+}
+
+_SMALL = Mix(largest=16 * KIB, write=12)
+_SPARSE = Mix(zero=2, discard=2)
+
+CASES = (
+    Case("qcow2-64k", "qcow2", 8 * MIB, 64 * KIB),
+    Case("qcow2-4k", "qcow2", 4 * MIB, 4 * KIB, ("cluster_size=4k",)),
+    Case("qcow2-512-rc1", "qcow2", MIB, 512, ("cluster_size=512", "refcount_bits=1"), mix=_SMALL),
+    Case("qcow2-512-rc16", "qcow2", MIB, 512, ("cluster_size=512",), mix=_SMALL),
+    Case("qcow2-512-rc64", "qcow2", MIB, 512, ("cluster_size=512", "refcount_bits=64"), mix=_SMALL),
+    Case("qcow2-v2", "qcow2", 4 * MIB, 4 * KIB, ("cluster_size=4k", "compat=0.10")),
+    Case("qcow2-parent", "qcow2", 4 * MIB, 64 * KIB, parent=True),
+    Case(
+        "qcow2-v2-parent",
+        "qcow2",
+        2 * MIB,
+        4 * KIB,
+        ("cluster_size=4k", "compat=0.10"),
+        parent=True,
+    ),
+    Case("qcow2-compressed", "qcow2", 4 * MIB, 64 * KIB, compressed=True),
+    Case("qcow2-compressed-4k", "qcow2", MIB, 4 * KIB, ("cluster_size=4k",), compressed=True),
+    Case("vdi", "vdi", 24 * MIB, MIB, mix=_SPARSE),
+    Case("vhdx", "vhdx", 24 * MIB, MIB, ("block_size=1M",), mix=_SPARSE),
+    Case("vhdx-4096", "vhdx", 24 * MIB, MIB, ("block_size=1M",), sector=4096, mix=_SPARSE),
+    Case(
+        "vhdx-wrap", "vhdx", 16 * MIB, MIB, ("block_size=1M", "log_size=1M"), warmup=70, mix=_SPARSE
+    ),
+)
+
+
+@dataclass
+class Made:
+    """A case's image before the workload, with what it holds."""
+
+    case: Case
+    store: Store
+    parent: Store | None
+    content: Store
+
+    def open(self, file: SimulatedFile) -> Reference:
+        """The chain over this child, through our drivers."""
+        return Reference(self.images(file))
+
+    def images(self, file: SimulatedFile) -> Sequence[Image]:
+        images: list[Image] = [open_image(self.case.format, file)]
+        if self.parent is not None:
+            parent = SimulatedFile(self.parent, name="parent.raw", writable=False)
+            images.append(open_image("raw", parent))
+        return images
+
+    def save(self, store: Store, folder: Path) -> Path:
+        """Write the child, and its parent beside it, for another program to read."""
+        path = folder / f"image.{self.case.format}"
+        store.save(path)
+        if self.parent is not None:
+            self.parent.save(folder / "parent.raw")
+        return path
+
+
+def make(case: Case, folder: Path) -> Made:
+    """Create the image with qemu-img."""
+    path = folder / f"image.{case.format}"
+    content = bytearray(case.size)
+    command = ["qemu-img", "create", "-q", "-f", case.format]
+    for option in case.options:
+        command += ["-o", option]
+    parent: Store | None = None
+    if case.parent or case.compressed:
+        _scatter(content, case)
+        parent = Store.of(bytes(content))
+        parent.save(folder / "parent.raw")
+    if case.compressed:
+        command = ["qemu-img", "convert", "-q", "-c", "-f", "raw", "-O", *command[4:]]
+        run([*command, str(folder / "parent.raw"), str(path)])
+        parent = None
+    elif case.parent:
+        run([*command, "-F", "raw", "-b", "parent.raw", str(path)])
+    else:
+        run([*command, str(path), str(case.size)])
+    store = Store.load(path)
+    if case.sector != 512:
+        set_vhdx_sector_size(store, case.sector)
+    return Made(case, store, parent, Store.of(bytes(content)))
+
+
+def _scatter(content: bytearray, case: Case) -> None:
+    """Old data under about half of the disk, in pieces that end inside clusters."""
+    rng = random.Random(case.name)
+    for i in range(40):
+        length = rng.randrange(1, 2 * case.cluster // 512 + 8) * 512
+        offset = rng.randrange(0, (case.size - length) // 512) * 512
+        content[offset : offset + length] = patterns(BASE_WRITES + i, offset, length)
+
+
+def set_vhdx_sector_size(store: Store, size: int) -> None:
+    """Make an empty 512-byte VHDX one of 4096: nothing has a checksum there.
+
+    The larger sectors make each chunk larger, so the table needs no more entries than it has.
+    """
+    offset, length = dict(vhdx_regions(store))[VHDX_METADATA]
+    table = store.read(offset, length)
+    entry = table.index(VHDX_SECTOR_SIZE)
+    at = int.from_bytes(table[entry + 16 : entry + 20], "little")
+    store.write(offset + at, size.to_bytes(4, "little"))
+
+
+def run(command: Sequence[str], allowed: Sequence[int] = (0,)) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode in allowed, (command, done.returncode, done.stdout, done.stderr)
+    return done.stdout
+
+
+def open_image(format_name: str, file: HostFile) -> Image:
+    driver: Callable[[HostFile], Image] = load(format_name)
+    return driver(file)
+
+
+def content_of(disk: Reference) -> Store:
+    """The whole disk as the drivers map it.  Holes of simulated files are not looked at."""
+    content = Store(disk.size)
+    for layer, extent in disk.extents(0, disk.size):
+        at = extent.guest_offset
+        if extent.kind is Kind.ZERO:
+            continue
+        if extent.kind in (Kind.DATA, Kind.SHARED):
+            file = disk.images[layer].files[extent.file]
+            if isinstance(file, SimulatedFile) and not file.patched:
+                content.take(at, file.store, extent.host_offset, extent.length)
+                continue
+        content.write(at, disk.pread(at, extent.length))
+    return content

@@ -1,0 +1,263 @@
+"""What must hold of an image's metadata after any cut, read without the drivers.
+
+qemu-img check says the same of a file, but one process a state is too slow for every state.
+test_checkers.py holds these against it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tests.crash.simulate import Store
+
+OFFSET = 0x00FFFFFFFFFFFE00  # bits 9-55 of an L1, L2 or refcount table entry
+COPIED = 1 << 63
+COMPRESSED = 1 << 62
+
+
+@dataclass(slots=True)
+class Findings:
+    """`wrong` is corruption; `leaked` is space that nothing uses and nothing will reuse."""
+
+    wrong: list[str] = field(default_factory=list)
+    leaked: list[str] = field(default_factory=list)
+
+
+def check_qcow2(store: Store) -> Findings:
+    """Every host cluster's refcount against the references to it; COPIED flags; the file's end.
+
+    Source: qemu's docs/interop/qcow2.rst.  Images without snapshots, data file, extended L2
+    entries or bitmaps.
+    """
+    found = Findings()
+    header = store.read(0, 112)
+    magic, version, _, _, bits, _, _, l1_size, l1, table, table_clusters, snapshots = (
+        struct.unpack_from(">4sIQIIQIIQQII", header)
+    )
+    assert magic == b"QFI\xfb"
+    assert snapshots == 0
+    order = struct.unpack_from(">I", header, 96)[0] if version > 2 else 4
+    if version > 2 and struct.unpack_from(">Q", header, 72)[0]:
+        found.wrong.append("incompatible feature bits set")
+    cluster = 1 << bits
+    counts = refcounts(store, table, table_clusters, cluster, order)
+    used: Counter[int] = Counter()
+
+    def use(offset: int, length: int, what: str) -> None:
+        if offset % 512 or offset >= store.size:
+            found.wrong.append(f"{what} at {offset:#x}, file ends at {store.size:#x}")
+            return
+        for index in range(offset >> bits, (offset + length - 1 >> bits) + 1):
+            used[index] += 1
+
+    def copied(entry: int, offset: int, what: str) -> None:
+        if bool(entry & COPIED) != (counts.get(offset >> bits, 0) == 1):
+            found.wrong.append(
+                f"{what}: COPIED is {bool(entry & COPIED)}, refcount "
+                f"{counts.get(offset >> bits, 0)}"
+            )
+
+    use(0, cluster, "header")
+    use(table, table_clusters * cluster, "refcount table")
+    for i, (entry,) in enumerate(
+        struct.iter_unpack(">Q", store.read(table, table_clusters << bits))
+    ):
+        if entry:
+            use(entry, cluster, f"refcount block {i}")
+    if l1_size:
+        use(l1, l1_size * 8, "L1 table")
+    zero_flag = version > 2
+    for i, (entry,) in enumerate(struct.iter_unpack(">Q", store.read(l1, l1_size * 8))):
+        l2 = entry & OFFSET
+        if not l2:
+            continue
+        use(l2, cluster, f"L2 table {i}")
+        copied(entry, l2, f"L1 entry {i}")
+        if l2 % cluster:
+            found.wrong.append(f"L2 table {i} at {l2:#x}")
+        for j, (entry2,) in enumerate(struct.iter_unpack(">Q", store.read(l2, cluster))):
+            what = f"guest cluster {i * (cluster // 8) + j}"
+            if entry2 & COMPRESSED:
+                shift = 62 - (bits - 8)
+                offset = entry2 & ((1 << shift) - 1)
+                sectors = (entry2 >> shift) & ((1 << (bits - 8)) - 1)
+                end = (offset & ~511) + (sectors + 1) * 512
+                for index in range(offset >> bits, (end - 1 >> bits) + 1):
+                    used[index] += 1
+                continue
+            offset = entry2 & OFFSET
+            if not offset:
+                continue
+            if entry2 & 1 and not zero_flag:
+                found.wrong.append(f"{what}: zero flag in version 2")
+            if offset % cluster:
+                found.wrong.append(f"{what} at {offset:#x}, not a cluster")
+            use(offset, cluster, what)
+            copied(entry2, offset, what)
+    for index in used.keys() | counts.keys():
+        have, want = counts.get(index, 0), used[index]
+        if have < want:
+            found.wrong.append(f"cluster {index:#x}: refcount {have}, {want} references")
+        elif have > want:
+            found.leaked.append(f"cluster {index:#x}: refcount {have}, {want} references")
+    return found
+
+
+def refcounts(
+    store: Store, table: int, table_clusters: int, cluster: int, order: int
+) -> dict[int, int]:
+    """Host cluster -> refcount, where it is not zero."""
+    counts = {}
+    per_block = cluster * 8 >> order
+    zeros = bytes(cluster)
+    for i, (offset,) in enumerate(
+        struct.iter_unpack(">Q", store.read(table, table_clusters * cluster))
+    ):
+        if not offset or offset >= store.size:
+            continue
+        raw = store.read(offset, cluster)
+        if raw == zeros:
+            continue
+        for j, count in enumerate(unpack_counts(raw, order)):
+            if count:
+                counts[i * per_block + j] = count
+    return counts
+
+
+def unpack_counts(raw: bytes, order: int) -> Iterator[int]:
+    if order >= 3:
+        code = "BHIQ"[order - 3]
+        yield from (count for (count,) in struct.iter_unpack(">" + code, raw))
+        return
+    width = 1 << order
+    mask = (1 << width) - 1
+    for byte in raw:
+        for shift in range(0, 8, width):  # the first count is in the lowest bits
+            yield (byte >> shift) & mask
+
+
+def check_vdi(store: Store) -> Findings:
+    """No block twice, every block inside the file, and the count no lower than the highest + 1.
+
+    Source: VirtualBox, VDICore.h.  The count is where qemu and VirtualBox put the next block, so
+    one that is too low costs the data of a live block; one that is too high costs a gap.
+    """
+    found = Findings()
+    map_offset, data_offset = struct.unpack_from("<II", store.read(0x154, 8))
+    block, extra, blocks, allocated = struct.unpack_from("<IIII", store.read(0x178, 16))
+    entries = struct.unpack(f"<{blocks}I", store.read(map_offset, 4 * blocks))
+    owner: dict[int, int] = {}
+    for i, entry in enumerate(entries):
+        if entry >= 0xFFFFFFFE:
+            continue
+        if entry in owner:
+            found.wrong.append(f"guest blocks {owner[entry]} and {i} both at block {entry}")
+        owner[entry] = i
+        if data_offset + (entry + 1) * (block + extra) > store.size:
+            found.wrong.append(f"guest block {i} at block {entry}, past the file's end")
+    highest = max(owner, default=-1)
+    if allocated <= highest:
+        found.wrong.append(f"count {allocated}, but block {highest} is used")
+    if allocated != len(owner):
+        found.leaked.append(f"count {allocated}, {len(owner)} blocks are used")
+    room = max(0, store.size - data_offset) // (block + extra)
+    if room > highest + 1:
+        found.leaked.append(f"room for {room} blocks, block {highest} is the last one used")
+    return found
+
+
+def check_vhdx(store: Store) -> Findings:
+    """Headers, region tables, BAT.  What a log still has to bring is not looked into."""
+    found = Findings()
+    headers = [header for at in (0x10000, 0x20000) if (header := vhdx_header(store, at))]
+    if not headers:
+        found.wrong.append("no valid header")
+        return found
+    if max(headers)[1]:
+        return found  # the log decides
+    regions = dict(vhdx_regions(store))
+    bat, bat_length = regions[VHDX_BAT]
+    metadata = regions[VHDX_METADATA]
+    log_length, log = struct.unpack_from("<IQ", store.read(max(headers)[2] + 68, 12))
+    taken = [(0, 1 << 20), (bat, bat_length), metadata, (log, log_length)]
+    block, ratio = vhdx_geometry(store, *metadata)
+    owner: dict[int, int] = {}
+    for i, (entry,) in enumerate(struct.iter_unpack("<Q", store.read(bat, bat_length))):
+        state, at = entry & 7, entry >> 20 << 20
+        if i % (ratio + 1) == ratio:
+            continue  # a sector bitmap: differencing images only
+        if state not in (0, 1, 2, 3, 6):
+            found.wrong.append(f"BAT entry {i}: state {state}")
+        if state == 2 and at:
+            found.wrong.append(f"BAT entry {i}: ZERO with offset {at:#x}")
+        if state != 6:
+            continue
+        if at in owner:
+            found.wrong.append(f"BAT entries {owner[at]} and {i} both at {at:#x}")
+        owner[at] = i
+        if at + block > store.size:
+            found.wrong.append(f"BAT entry {i}: {at:#x}, file ends at {store.size:#x}")
+        if any(at < start + length and start < at + block for start, length in taken):
+            found.wrong.append(f"BAT entry {i}: {at:#x} lies in metadata")
+    end = max([*owner, *(start + length - block for start, length in taken)]) + block
+    if store.size > end:
+        found.leaked.append(f"file ends at {store.size:#x}, the last byte used at {end:#x}")
+    return found
+
+
+VHDX_BAT = bytes.fromhex("6677c22d23f600429d64115e9bfd4a08")
+VHDX_METADATA = bytes.fromhex("06a27c8b90479a4bb8fe575f050f886e")
+VHDX_FILE_PARAMETERS = bytes.fromhex("3767a1ca36fa434db3b633f0aa44e76b")
+VHDX_SECTOR_SIZE = bytes.fromhex("1dbf41816fa90947ba47f233a8faab5f")
+
+
+def vhdx_header(store: Store, at: int) -> tuple[int, bool, int] | None:
+    """(sequence number, a log is to be replayed, offset) of a header whose checksum is right."""
+    raw = store.read(at, 4096)
+    signature, checksum, sequence = struct.unpack_from("<4sIQ", raw)
+    if signature != b"head" or crc32c(raw[:4] + bytes(4) + raw[8:]) != checksum:
+        return None
+    return sequence, raw[48:64] != bytes(16), at
+
+
+def vhdx_regions(store: Store) -> Iterator[tuple[bytes, tuple[int, int]]]:
+    raw = store.read(0x30000, 65536)
+    (count,) = struct.unpack_from("<I", raw, 8)
+    for i in range(count):
+        guid, offset, length = struct.unpack_from("<16sQI", raw, 16 + 32 * i)
+        yield guid, (offset, length)
+
+
+def vhdx_geometry(store: Store, offset: int, length: int) -> tuple[int, int]:
+    """Block size and payload entries between two sector bitmap entries."""
+    raw = store.read(offset, length)
+    (count,) = struct.unpack_from("<H", raw, 10)
+    items = {}
+    for i in range(count):
+        guid, at = struct.unpack_from("<16sI", raw, 32 + 32 * i)
+        items[guid] = struct.unpack_from("<I", raw, at)[0]
+    block = items[VHDX_FILE_PARAMETERS]
+    return block, (1 << 23) * items[VHDX_SECTOR_SIZE] // block
+
+
+def crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC32C[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+def _crc32c_table() -> list[int]:
+    table = []
+    for byte in range(256):
+        for _ in range(8):
+            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+        table.append(byte)
+    return table
+
+
+_CRC32C = _crc32c_table()
+assert crc32c(b"123456789") == 0xE3069283
