@@ -68,6 +68,11 @@ for serial in /sys/block/vd*/serial; do
     $b ln -s "/dev/${disk##*/}" "/dev/scratch/$name"
 done
 
+# The machine starts with one CPU: see machine.py.
+for cpu in /sys/devices/system/cpu/cpu*/online; do
+    [ "$($b cat "$cpu")" = 1 ] || echo 1 >"$cpu"
+done
+
 # Through a pipe, because a port can be opened only once and the command may open /dev/stdout.
 for port in /sys/class/virtio-ports/*; do port=/dev/${port##*/}; done
 exec 3>"$port"
