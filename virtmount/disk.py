@@ -148,10 +148,14 @@ class Disk:
         return list(range(first, first + len(self.layers[layer].files)))
 
     def _check(self) -> None:
+        file = self.image.files[0]
         if self.size <= 0:
-            raise Unsupported(self.image.files[0], "", "a disk of 0 bytes")
+            raise Unsupported(file, "", "a disk of 0 bytes")
+        if file.writable and not self.writable:
+            text = f"{self.image.name} {self.image.variant}".rstrip() + " cannot be written"
+            raise Unsupported(file, "", text, hint="--read-only")
         if sum(len(layer.files) for layer in self.layers) > MAX_FILES:
-            raise Unsupported(self.image.files[0], "", f"more than {MAX_FILES} host files")
+            raise Unsupported(file, "", f"more than {MAX_FILES} host files")
         for layer in self.layers:
             for name, value in (("cluster size", layer.cluster_size), ("grain", layer.grain)):
                 if value < SECTOR or value & (value - 1):

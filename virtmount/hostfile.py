@@ -29,6 +29,21 @@ _PUNCH_KEEP = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _ZERO_CHUNK = bytes(1 << 20)
 
 
+class _Zeros:
+    """As many zeros as wanted, without the memory for them."""
+
+    __slots__ = ("_length",)
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> bytes:
+        return bytes(len(range(*part.indices(self._length))))
+
+
 class HostFile:
     """One open file or block device.  str() is its path, for messages.
 
@@ -38,7 +53,7 @@ class HostFile:
     def __init__(self, path: str | os.PathLike[str], *, writable: bool = False, lock: bool = True):
         self.path = Path(path)
         self.writable = writable
-        self._patches: list[tuple[int, bytes]] = []
+        self._patches: list[tuple[int, bytes | _Zeros]] = []
         self._patched_size = 0
         # O_NONBLOCK: opening a FIFO must fail below, not wait for a writer.
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
@@ -115,6 +130,16 @@ class HostFile:
         self._patches.append((offset, bytes(data)))
         self._patched_size = max(self._patched_size, offset + len(data))
 
+    def patch_zeros(self, offset: int, length: int) -> None:
+        """The same with `length` zeros, however many."""
+        self._patches.append((offset, _Zeros(length)))
+        self._patched_size = max(self._patched_size, offset + length)
+
+    def unpatch(self) -> None:
+        """Forget all patches: the file itself says it all now."""
+        self._patches.clear()
+        self._patched_size = 0
+
     def lock(self) -> None:
         """Take the locks that qemu and virtmount respect; Busy if somebody holds against us."""
         uses = [_READ, _WRITE, _RESIZE] if self.writable else [_READ]
@@ -141,6 +166,13 @@ class HostFile:
                 else "being written by another program",
                 hint="see virtmount list, or stop the virtual machine that uses it",
             )
+
+    def written_elsewhere(self) -> bool:
+        """Whether somebody else has it open for writing; takes no lock, so disturbs nobody."""
+        try:
+            return self._flock(_GETLK, fcntl.F_WRLCK, _USES + _WRITE) != fcntl.F_UNLCK
+        except OSError:
+            return False  # a file system without locks
 
     def _flock(self, command: int, kind: int, byte: int) -> int:
         answer = fcntl.fcntl(self.fd, command, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))

@@ -1,0 +1,185 @@
+"""Where every byte of a disk lies, through all parents: what `virtmount map` prints.
+
+Tables are read, data is not.  Field names and their meaning are those of
+`qemu-img map --output=json`, so that scripts carry over.  Differences: host offsets are also given
+where qemu-img leaves them out (VHDX), and `present` is false for what an image of any format has
+never held (qemu-img says true for VDI).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from virtmount.disk import SECTOR, round_up
+from virtmount.image import Chain, Extent, Image, Kind, decode
+
+HAS_OFFSET = (Kind.DATA, Kind.SHARED)
+
+
+class Mapped(NamedTuple):
+    """Guest bytes start … start+length; of the image `depth` steps down the chain, the top is 0.
+
+    `present`: some image says something about them.  `zero`: they read as zeros.  `data`: they
+    take space as data.  `offset`: their place in the file, where they lie there as they are.
+    """
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    compressed: bool = False
+    invalid: bool = False  # reading them fails
+    offset: int | None = None
+    file: int = 0  # of the image's host files
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = self._asdict()
+        del fields["file"]
+        for name in ("offset", "invalid"):
+            if fields[name] in (None, False):
+                del fields[name]
+        return fields
+
+    def continues(self, before: Mapped) -> bool:
+        """Whether `before` and this are one extent."""
+        alike = before._replace(start=0, length=0, offset=None) == self._replace(
+            start=0, length=0, offset=None
+        )
+        if not alike or before.start + before.length != self.start:
+            return False
+        if before.offset is None or self.offset is None:
+            return before.offset is self.offset
+        return before.offset + before.length == self.offset
+
+
+def mapped(chain: Chain) -> Iterator[Mapped]:
+    """The whole disk of a chain in order and without gaps, neighbours merged."""
+    size = round_up(chain.top.size, chain.top.sector_size)
+    last: Mapped | None = None
+    for item in _resolve(chain.images, 0, 0, size):
+        if last is not None and item.continues(last):
+            last = last._replace(length=last.length + item.length)
+            continue
+        if last is not None:
+            yield last
+        last = item
+    if last is not None:
+        yield last
+
+
+def _resolve(images: list[Image], depth: int, start: int, end: int) -> Iterator[Mapped]:
+    image = images[depth]
+    # What lies past the end of a parent is its child's word: never written.
+    inside = min(end, round_up(image.size, SECTOR)) if depth else end
+    for run in _runs(image, start, inside):
+        at, length, kind, host, file = run
+        if kind in HAS_OFFSET:
+            if image.flat is not None:
+                yield from _holes(image, depth, run)
+            else:
+                yield Mapped(at, length, depth, True, False, True, offset=host, file=file)
+        elif kind is Kind.ZERO:
+            yield Mapped(at, length, depth, True, True, False)
+        elif kind is Kind.COMPRESSED:
+            yield Mapped(at, length, depth, True, False, True, compressed=True)
+        elif kind is not Kind.ABSENT:
+            yield Mapped(at, length, depth, True, False, True, invalid=True)
+        elif depth + 1 < len(images):
+            yield from _resolve(images, depth + 1, at, at + length)
+        else:
+            yield Mapped(at, length, depth, False, True, False)
+    inside = max(inside, start)
+    if inside < end:
+        yield Mapped(inside, end - inside, depth - 1, False, True, False)
+
+
+def _runs(image: Image, start: int, end: int) -> Iterator[Extent]:
+    """What one image says about guest bytes start … end; clusters merged within a leaf."""
+    if image.flat is not None:
+        if start < end:
+            yield Extent(start, end - start, Kind.DATA, image.flat + start)
+        return
+    size, per_leaf = image.cluster_size, image.entries_per_leaf
+    cluster, stop = start // size, -(-end // size)
+    clusters = -(-image.size // size)
+    while cluster < stop:
+        if cluster >= clusters:  # the padding of the last sector
+            yield Extent(max(start, cluster * size), end - max(start, cluster * size), Kind.ABSENT)
+            return
+        index, within = divmod(cluster, per_leaf)
+        count = min(min(stop, clusters) - cluster, per_leaf - within)
+        for extent in _leaf_runs(image, index, cluster, within, count):
+            low = max(extent.guest_offset, start)
+            high = min(extent.guest_offset + extent.length, end)
+            if low < high:
+                shift = low - extent.guest_offset if extent.kind in HAS_OFFSET else 0
+                host = extent.host_offset + shift
+                yield Extent(low, high - low, extent.kind, host, extent.file)
+        cluster += count
+
+
+def _leaf_runs(image: Image, index: int, cluster: int, within: int, count: int) -> Iterator[Extent]:
+    size = image.cluster_size
+    leaf = image.leaf(index)
+    at = cluster * size
+    if leaf.table is None:
+        if leaf.base is None:
+            yield Extent(at, count * size, leaf.kind)
+        else:
+            host = leaf.base + within * size
+            yield Extent(at, count * size, Kind.DATA, host, leaf.data_file)
+        return
+    layout = image.layout
+    assert layout is not None
+    raw = image.files[leaf.table_file].pread(
+        leaf.table + within * layout.width, count * layout.width
+    )
+    start, kind, host = at, Kind.ABSENT, 0  # the open run: empty while start == at
+    for next_kind, next_host in decode(layout, raw, size, image.files[leaf.data_file].size):
+        joins = next_kind is kind and (kind not in HAS_OFFSET or next_host == host + at - start)
+        if not joins or kind is Kind.PARTIAL:
+            if start < at:
+                yield from _closed(image, Extent(start, at - start, kind, host, leaf.data_file))
+            start, kind, host = at, next_kind, next_host
+        at += size
+    yield from _closed(image, Extent(start, at - start, kind, host, leaf.data_file))
+
+
+def _closed(image: Image, run: Extent) -> Iterator[Extent]:
+    if run.kind is Kind.PARTIAL:
+        yield from image.slow(run.guest_offset // image.cluster_size)
+    else:
+        yield run
+
+
+def _holes(image: Image, depth: int, run: Extent) -> Iterator[Mapped]:
+    """A flat image's bytes: the host's file system knows which were never written."""
+    fd, shift = image.files[run.file].fd, run.host_offset - run.guest_offset
+    at, end = run.guest_offset, run.guest_offset + run.length
+    while at < end:
+        data = _seek(fd, at + shift, os.SEEK_DATA, end + shift) - shift
+        if at < data:
+            yield Mapped(at, data - at, depth, True, True, False, offset=at + shift, file=run.file)
+        if data < end:
+            hole = _seek(fd, data + shift, os.SEEK_HOLE, end + shift) - shift
+            length = hole - data
+            yield Mapped(data, length, depth, True, False, True, offset=data + shift, file=run.file)
+            data = hole
+        at = data
+
+
+def _seek(fd: int, offset: int, whence: int, end: int) -> int:
+    try:
+        found = os.lseek(fd, offset, whence)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing but a hole follows, or the file's end
+            return end
+        if whence == os.SEEK_DATA:  # a file system that does not know: all is data
+            return offset
+        return end
+    return min(found, end)
