@@ -49,6 +49,10 @@ MAX_PLACES = 256  # remembered as already logged
 log = logging.getLogger(__name__)
 
 
+class Quiet(OSError):
+    """For the request only: nothing went wrong that a person should read about."""
+
+
 class Pager:
     """Runs a disk: the engine's loop on one thread, the miss loop on another.
 
@@ -213,6 +217,8 @@ class Pager:
         """0, or the -errno for the requests that wait."""
         try:
             act()
+        except Quiet as error:
+            return -errno_of(error)
         except BaseException as error:
             self._complain(error)
             return -errno_of(error)
@@ -252,12 +258,14 @@ class Pager:
     def _refill(self, asked: int) -> None:
         self._refuse_failed()
         if self._stopping:  # what is reserved now might not come back in time to be released
-            raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
+            raise Quiet(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
         self._begin()
         try:
             reservation = self._image.reserve(self._wanted(asked))
-        except OSError:
-            raise  # ENOSPC, EFBIG: nothing has happened
+        except OSError as error:
+            # Often harmless: there may be no unmapped cluster left that would need one.
+            log.info("%s: no host clusters: %s", self._files[0], error)
+            raise Quiet(error.errno, error.strerror) from error
         except BaseException as error:
             self._fail(error)
             raise
@@ -358,7 +366,7 @@ class Pager:
 
     def _refuse_failed(self) -> None:
         if self._failed:
-            raise OSError(self._failed, os.strerror(self._failed), str(self._files[0]))
+            raise Quiet(self._failed, os.strerror(self._failed), str(self._files[0]))
 
     def _complain(self, error: BaseException) -> None:
         """Log an error, but each place only once: a bad sector is asked for again and again."""
