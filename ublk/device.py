@@ -60,6 +60,7 @@ class UblkDevice(Transport):
 
     `serve` hands ublkcN to the engine, which owns the descriptor unless that fails.  When the
     device is stopped and every request has been answered, the engine closes it and `gone` is set.
+    `show` is called with the kernel's name once its scan has ended: nodes, and what it missed.
     """
 
     name: ClassVar[str] = "ublk"
@@ -70,6 +71,7 @@ class UblkDevice(Transport):
         serve: Serve,
         gone: threading.Event,
         *,
+        show: Callable[[str], object] = lambda kernel_name: None,
         open_control: Callable[[], Control] = features.open_control,
         dev: str = "/dev",
         sys: str = "/sys/block",
@@ -77,6 +79,7 @@ class UblkDevice(Transport):
         self._params = params
         self._serve_with = serve
         self._gone = gone
+        self._show = show
         self._open_control = open_control
         self._dev, self._sys = dev, sys
         self._done: list[Step] = []
@@ -216,6 +219,7 @@ class UblkDevice(Transport):
         except OSError as error:
             # A table that cannot be read is the disk's trouble; the device is there.
             log.warning("%s: reading the partition table: %s", self.device, error)
+        self._show(self.kernel_name)
 
     def _scan(self) -> None:
         """Have the partition table read, and know that it was.

@@ -1,0 +1,316 @@
+"""The process behind one attached disk: opens it, serves it, ends in order.
+
+Started by attachment.attach() in a session of its own, with one end of a socket as its only
+descriptor; also the body of `attach --foreground`.  In order:
+
+    import everything, open the image and its parents (locked from here on)
+    choose the transport; loop alone ends here, the kernel goes on by itself
+    take a name, protect the process, start the Pager, start the device, make the links
+    report readiness, wait for SIGTERM, SIGINT or the device's end
+    stop the device, remove the links, flush and close the image, remove the record
+
+1. A failure before readiness is undone wholly, and reported with its class, words and errno.
+2. After readiness nothing is imported, and nothing is written but to the image and to
+   /run/virtmount, where the log is.
+3. If the last flush fails, the record stays, with the error, for `detach` and `list` to tell.
+4. Signals are taken by the main thread alone, by waiting for them: no handler ever runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import logging.handlers
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from virtmount import loop, nodes, process, state
+from virtmount.attachment import Order, clear
+from virtmount.chain import open_chain
+from virtmount.disk import Disk
+from virtmount.errors import NoTransport, VirtmountError
+from virtmount.links import Links
+from virtmount.pager import Pager
+from virtmount.state import Record
+from virtmount.transport import Transport
+
+log = logging.getLogger("virtmount")
+
+TRANSPORTS = ("auto", "ublk", "fuse", "loop")
+ENDING = frozenset({signal.SIGTERM, signal.SIGINT})
+GONE = signal.SIGUSR1  # from our own thread to the main one
+LOG_BYTES = 1 << 20
+
+
+class Session:
+    """One disk from its opening to its end; on the main thread."""
+
+    def __init__(self, order: Order, *, stay: bool = False) -> None:
+        self.order, self.stay = order, stay
+        self.record = Record("", os.path.abspath(order.image))
+        self.disk: Disk | None = None
+        self.pager: Pager | None = None
+        self.transport: Transport | None = None
+        self.links: Links | None = None
+
+    def attach(self) -> Record:
+        """Everything until the device can be used; undone where it fails."""
+        # Before the first thread, which inherits it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING | {GONE})
+        try:
+            self._attach()
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.end()
+            raise
+        return self.record
+
+    def _attach(self) -> None:
+        order = self.order
+        chain = open_chain(
+            order.image,
+            order.format,
+            writable=not order.read_only,
+            allow_outside=order.allow_outside,
+            parent_format=order.parent_format,
+        )
+        try:
+            self.disk = Disk(chain, cache=order.cache)
+        except BaseException:
+            chain.close()
+            raise
+        self._describe(self.disk)
+        chosen = choose(order.transport, self.disk)
+        served = self.stay or chosen is not make_loop
+        self.record.stamp(os.getpid())
+        stem = self.disk.image.name.rstrip("0123456789")
+        state.claim(self.record, stem, order.name, clear)
+        if served:
+            process.protect(kept=(str(state.folder().resolve()),))
+            threading.stack_size(process.STACK)
+        self.transport, self.pager = chosen(self.disk, self.record.name)
+        self.record.transport = self.transport.name
+        self.record.device = self.transport.start()
+        self.record.features = self.transport.features
+        self.links = Links(self.record.name, self.record.kernel_name)
+        self.links.start()
+        if not served:
+            self.record.stamp(0)
+        self.record.state = state.ATTACHED
+        self.record.since = state.now()
+        self.record.save()
+
+    def _describe(self, disk: Disk) -> None:
+        record, image = self.record, disk.image
+        record.format, record.variant = image.name, image.variant
+        record.size, record.sector_size = disk.size, disk.sector_size
+        record.read_only, record.cache = not disk.writable, disk.cache
+        record.parents = [str(parent.files[0].path.resolve()) for parent in disk.chain.images[1:]]
+        record.file_id = state.file_id(f"/proc/self/fd/{image.files[0].fd}")
+
+    def wait(self) -> None:
+        """Until a signal, or until somebody else took the device away."""
+        transport, main = self.transport, threading.main_thread().ident
+        assert transport
+        assert main
+
+        def watch() -> None:
+            transport.wait_gone(None)
+            signal.pthread_kill(main, GONE)
+
+        threading.Thread(target=watch, name="watch", daemon=True).start()
+        got = signal.sigwait(ENDING | {GONE})
+        log.info("ending: %s", "the device is gone" if got == GONE else signal.Signals(got).name)
+
+    def end(self) -> None:
+        """Take everything back, in order; the first error is raised after all was tried."""
+        record, errors = self.record, []
+
+        def attempt(step: Callable[[], object]) -> None:
+            try:
+                step()
+            except Exception as error:
+                log.error("ending: %s", error, exc_info=not isinstance(error, OSError))
+                errors.append(error)
+
+        named = bool(record.name)
+        if named and record.state == state.ATTACHED:
+            record.state = state.ENDING
+            attempt(record.save)
+        if self.transport:
+            attempt(self.transport.stop)
+        if self.links:
+            attempt(self.links.close)
+        if self.pager:
+            attempt(self.pager.close)
+        if self.disk:
+            attempt(self.disk.close)
+        if named:
+            if errors and record.state == state.ENDING:
+                record.state, record.error = state.FAILED, str(errors[0])
+                attempt(record.save)
+            else:
+                attempt(record.remove)
+        if errors:
+            raise errors[0]
+
+
+Made = tuple[Transport, Pager | None]
+Make = Callable[[Disk, str], Made]  # the disk, and its name in /dev
+
+
+def choose(wish: str, disk: Disk) -> Make:
+    """What makes the transport for this disk, or NoTransport; nothing is created yet."""
+    if wish not in TRANSPORTS:
+        raise VirtmountError("--transport", "", f"{wish!r}, know {', '.join(TRANSPORTS)}")
+    if wish == "loop":
+        return make_loop
+    if wish == "ublk":
+        return make_ublk
+    if wish == "fuse":
+        return make_fuse
+    # A flat image needs nobody's help but the kernel's.
+    if loop.unsuitable(disk) is None:
+        return make_loop
+    try:
+        from virtmount.ublk import features
+
+        with features.open_control() as control:
+            features.known(control)
+        return make_ublk
+    except NoTransport as error:
+        log.info("%s; trying FUSE under loop", error)
+        return make_fuse
+
+
+def make_loop(disk: Disk, name: str) -> Made:
+    return loop.Loop(disk), None
+
+
+def make_fuse(disk: Disk, name: str) -> Made:
+    from virtmount.fuse import EngineDisk, Fuse
+
+    pager = Pager(disk).start()
+    transport = Fuse(
+        EngineDisk(pager.engine),
+        name,
+        sector_size=disk.sector_size,
+        cluster_size=disk.image.cluster_size,
+        read_only=not disk.writable,
+        can_discard=disk.can_discard,
+    )
+    return transport, pager
+
+
+def make_ublk(disk: Disk, name: str) -> Made:
+    from virtmount.ublk.device import UblkDevice
+    from virtmount.ublk.params import Params
+
+    params = Params(
+        size=disk.size,
+        sector_size=disk.sector_size,
+        physical_sector_size=disk.image.physical_sector_size,
+        cluster_size=disk.image.cluster_size,
+        read_only=not disk.writable,
+        volatile_cache=disk.cache != "writethrough",
+        discard=disk.can_discard,
+    )
+    pager = Pager(disk).start()
+    engine = pager.engine
+
+    def show(kernel_name: str) -> None:
+        nodes.show_partitions(kernel_name, engine.read, disk.size, disk.sector_size, scanned=True)
+
+    return UblkDevice(params, engine.ublk_serve, pager.device_gone, show=show), pager
+
+
+def run(order: Order, report: Callable[[Record], None], *, stay: bool = False) -> None:
+    """Attach, tell `report`, and serve until the end.
+
+    Where the kernel needs no help the end is now, unless we shall `stay` in the foreground.
+    """
+    session = Session(order, stay=stay)
+    record = session.attach()
+    if not record.pid:
+        report(record)
+        return
+    try:
+        report(record)
+        session.wait()
+    finally:
+        session.end()
+
+
+# The process and its parent: one line of JSON each way.
+
+
+def main(descriptor: int) -> int:
+    """The whole process: the order comes in at `descriptor`, a report goes out, nothing follows."""
+    process.set_name("virtmount")
+    with socket.socket(fileno=descriptor) as channel:
+        order = Order(**json.loads(receive(channel)))
+        try:
+            run(order, lambda record: _ready(channel, record))
+        except BaseException as error:
+            if channel.fileno() >= 0:
+                with contextlib.suppress(OSError):
+                    channel.sendall(_failure(error))
+            log.error("%s", error, exc_info=not isinstance(error, OSError | VirtmountError))
+            return getattr(error, "exit_code", 1)
+    return 0
+
+
+def _ready(channel: socket.socket, record: Record) -> None:
+    """From here on the process has no terminal, no parent that listens, and a log of its own."""
+    if record.pid:
+        log_to(str(record.log))
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        os.chdir("/")
+    # EPIPE: nobody is there any more who knows that the disk is attached, so it must not be.
+    channel.sendall(json.dumps({"record": asdict(record)}).encode() + b"\n")
+    channel.close()
+
+
+def log_to(path: str) -> None:
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def receive(channel: socket.socket) -> bytes:
+    """One line, or what there is when the other side has gone."""
+    data = b""
+    while not data.endswith(b"\n") and (part := channel.recv(1 << 16)):
+        data += part
+    return data
+
+
+def _failure(error: BaseException) -> bytes:
+    values: dict[str, Any] = {"class": type(error).__name__, "text": str(error)}
+    if isinstance(error, VirtmountError):
+        values.update(file=error.file, place=error.place, text=error.text, hint=error.hint)
+    elif isinstance(error, OSError):
+        values["class"] = "OSError"
+        values.update(errno=error.errno or errno.EIO, text=error.strerror or str(error))
+        values["file"] = os.fspath(error.filename) if error.filename is not None else None
+    else:
+        values["trace"] = "".join(traceback.format_exception(error))
+    return json.dumps({"error": values}).encode() + b"\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
