@@ -20,9 +20,11 @@ from tests.crash.checkers import (
 from tests.crash.simulate import SimulatedFile, Store
 from tests.crash.workload import Mix, patterns
 from tests.reference import Reference
+from virtmount import hostfile
 from virtmount.formats import load
 from virtmount.hostfile import HostFile
 from virtmount.image import Image, Kind
+from virtmount.plan import Plan
 
 BASE_WRITES = 1_000_000  # numbers of the writes that made what is there before the workload
 KIB, MIB = 1 << 10, 1 << 20
@@ -42,20 +44,12 @@ class Case:
     sector: int = 512
     count: int = 60  # requests in the workload
     warmup: int = 0  # write, flush, discard, flush rounds before it, without cuts
+    foreign: bool = True  # whether qemu reads such images
     mix: Mix = field(default_factory=Mix)
-
-    def check(self, store: Store) -> Findings:
-        return CHECKERS[self.format](store)
 
     def __str__(self) -> str:
         return self.name
 
-
-CHECKERS: dict[str, Callable[[Store], Findings]] = {
-    "qcow2": check_qcow2,
-    "vdi": check_vdi,
-    "vhdx": check_vhdx,
-}
 
 _SMALL = Mix(largest=16 * KIB, write=12)
 _SPARSE = Mix(zero=2, discard=2)
@@ -80,7 +74,16 @@ CASES = (
     Case("qcow2-compressed-4k", "qcow2", MIB, 4 * KIB, ("cluster_size=4k",), compressed=True),
     Case("vdi", "vdi", 24 * MIB, MIB, mix=_SPARSE),
     Case("vhdx", "vhdx", 24 * MIB, MIB, ("block_size=1M",), mix=_SPARSE),
-    Case("vhdx-4096", "vhdx", 24 * MIB, MIB, ("block_size=1M",), sector=4096, mix=_SPARSE),
+    Case(
+        "vhdx-4096",
+        "vhdx",
+        24 * MIB,
+        MIB,
+        ("block_size=1M",),
+        sector=4096,
+        foreign=False,
+        mix=_SPARSE,
+    ),
     Case(
         "vhdx-wrap", "vhdx", 16 * MIB, MIB, ("block_size=1M", "log_size=1M"), warmup=70, mix=_SPARSE
     ),
@@ -95,10 +98,17 @@ class Made:
     store: Store
     parent: Store | None
     content: Store
+    execute: Callable[[Plan, Sequence[HostFile]], None] = hostfile.execute
 
     def open(self, file: SimulatedFile) -> Reference:
         """The chain over this child, through our drivers."""
-        return Reference(self.images(file))
+        return Reference(self.images(file), files_execute=self.execute)
+
+    def check(self, store: Store, before: Store) -> Findings:
+        """`before`: the same image when it was opened."""
+        if self.case.format == "vhdx":
+            return check_vhdx(store, before.size)
+        return {"qcow2": check_qcow2, "vdi": check_vdi}[self.case.format](store)
 
     def images(self, file: SimulatedFile) -> Sequence[Image]:
         images: list[Image] = [open_image(self.case.format, file)]
@@ -163,7 +173,7 @@ def set_vhdx_sector_size(store: Store, size: int) -> None:
     store.write(offset + at, size.to_bytes(4, "little"))
 
 
-def run(command: Sequence[str], allowed: Sequence[int] = (0,)) -> str:
+def run(command: Sequence[str | Path], allowed: Sequence[int] = (0,)) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode in allowed, (command, done.returncode, done.stdout, done.stderr)
     return done.stdout

@@ -169,8 +169,12 @@ def check_vdi(store: Store) -> Findings:
     return found
 
 
-def check_vhdx(store: Store) -> Findings:
-    """Headers, region tables, BAT.  What a log still has to bring is not looked into."""
+def check_vhdx(store: Store, before: int) -> Findings:
+    """Headers, region tables, BAT.  What a log still has to bring is not looked into.
+
+    `before`: the length that the file had when it was opened.  What lies behind the last block
+    then, after a cut or from its maker, is used by later blocks, so it does not grow.
+    """
     found = Findings()
     headers = [header for at in (0x10000, 0x20000) if (header := vhdx_header(store, at))]
     if not headers:
@@ -203,7 +207,7 @@ def check_vhdx(store: Store) -> Findings:
         if any(at < start + length and start < at + block for start, length in taken):
             found.wrong.append(f"BAT entry {i}: {at:#x} lies in metadata")
     end = max([*owner, *(start + length - block for start, length in taken)]) + block
-    if store.size > end:
+    if store.size > max(end, before):
         found.leaked.append(f"file ends at {store.size:#x}, the last byte used at {end:#x}")
     return found
 

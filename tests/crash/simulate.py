@@ -74,6 +74,10 @@ class Store:
     def copy(self) -> Store:
         return Store(self.size, self.chunks.copy())
 
+    def held(self) -> list[int]:
+        """Offsets of the chunks that are not holes."""
+        return sorted(index * CHUNK for index in self.chunks)
+
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes, with zeros past the end."""
         first, last = offset // CHUNK, -(-(offset + length) // CHUNK)
@@ -421,7 +425,7 @@ class SimulatedFile(HostFile):
         self.store = store
         self.log = log
         self.before = before
-        self._patches: list[tuple[int, bytes]] = []
+        self._patches = []
         self._patched_size = 0
 
     @property
