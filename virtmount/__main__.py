@@ -1,0 +1,7 @@
+"""python -m virtmount."""
+
+import sys
+
+from virtmount.cli import main
+
+sys.exit(main())
