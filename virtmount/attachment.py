@@ -104,10 +104,12 @@ class Attachment(os.PathLike[str]):
     @property
     def partitions(self) -> list[str]:
         """Paths of the partitions that the kernel has now, by number."""
-        return [f"{self.path}p{node.number}" for node in self._partitions()]
+        return [path for path, _ in self.partition_sizes()]
 
-    def _partitions(self) -> list[nodes.Node]:
-        return nodes.partitions(self.record.kernel_name)
+    def partition_sizes(self) -> list[tuple[str, int]]:
+        """The same with the bytes of each."""
+        found = nodes.partitions(self.record.kernel_name)
+        return [(f"{self.path}p{node.number}", node.size) for node in found]
 
     def detach(self, *, force: bool = False) -> None:
         """Flush everything and take the disk away; harmless when repeated.
@@ -144,6 +146,10 @@ def attach(
         allow_outside,
         parent_format,
     )
+    return attach_as(order)
+
+
+def attach_as(order: Order) -> Attachment:
     refuse_without_root()
     return Attachment(_start_daemon(order))
 
@@ -219,15 +225,21 @@ def current(record: Record) -> Record:
     raise errors.NotAttached(record.path, "", "not attached", hint="virtmount list")
 
 
-def detach(record: Record, *, force: bool = False) -> None:
-    """Take an attached disk away.  What was written is durable when this returns."""
+def detach(record: Record, *, force: bool = False) -> str:
+    """Take an attached disk away; what was written is durable when this returns.
+
+    Returns an empty string, or what the user should know.
+    """
     refuse_without_root()
     if record.state == state.FAILED:
         _forget(record)
         raise _failed(record)
     if not record.is_alive():
         _forget(record)
-        return
+        return (
+            f"{record.image}: its process had been killed; what was written after the last flush "
+            "may be lost"
+        )
     if not force:
         refuse_used(record)
     if record.pid:
@@ -236,12 +248,17 @@ def detach(record: Record, *, force: bool = False) -> None:
         _end_daemon(record)
     else:
         _end_loop(record)
+    return ""
 
 
 def refuse_used(record: Record) -> None:
     """Busy, naming all users, while anybody uses the disk or a part of it."""
     deadline = time.monotonic() + OPENED_TIMEOUT
-    while users := [user for user in nodes.users(record.kernel_name) if user.pid != record.pid]:
+    while users := [
+        user
+        for user in nodes.users(record.kernel_name)
+        if user.kind != "open" or user.pid != record.pid
+    ]:
         passing = all(user.kind == "open" for user in users)
         if not passing or time.monotonic() > deadline:
             raise Busy(record.path, "", "; ".join(map(str, users)), hint=_way_out(users))
