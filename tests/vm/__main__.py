@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from . import kernels
-from .initramfs import MissingProgram
 from .machine import COMMAND, DIED, TIMEOUT, Disk, run
+from .programs import MissingProgram
 
 DESCRIPTION = """\
 Run COMMAND under a Debian kernel in QEMU, over this machine's root file system.

@@ -1,7 +1,8 @@
 """The Debian archive that this machine is set up with, through a private apt.
 
 Lists, packages and keys live in one folder of ours; the system's apt is only
-asked for its URI and keyring.  Signatures are always verified.
+asked for its URI and keyring.  Signatures are always verified; bookworm's keyring
+is enough, because newer releases are signed with its keys as well.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .programs import program
+
 SUITES = ("trixie", "trixie-backports")
 META = "linux-image-amd64"  # depends on the kernel of the day
-KEYRING = "debian-archive-keyring"
 
 SOURCES = Path("/etc/apt")
-TRIES = 3
+RETRIES = 3
 
 _PINNED = re.compile(r"(linux-[^\s(]+) \(= ([^)\s]+)\)")
 
@@ -34,19 +36,18 @@ class Source:
 
     uri: str
     keyring: str  # empty: apt's own trusted keys
-    suite: str  # the machine's own suite there
 
 
 def machine_source(sources: Path = SOURCES) -> Source:
     """Return the first source of the machine's own release, from its apt configuration."""
     codename = _codename()
-    files = [*sorted(sources.glob("sources.list.d/*.sources"))]
+    files = sorted(sources.glob("sources.list.d/*.sources"))
     lists = [sources / "sources.list", *sorted(sources.glob("sources.list.d/*.list"))]
     entries = [entry for file in files for entry in _deb822(file.read_text())]
     entries += [entry for file in lists if file.is_file() for entry in _one_line(file.read_text())]
     for uri, suites, keyring in entries:
-        if codename in suites:
-            return Source(uri, keyring, codename)
+        if {codename, "stable", "oldstable"} & set(suites):
+            return Source(uri, keyring)
     raise ArchiveError(f"{sources}: no source of packages for {codename!r}")
 
 
@@ -83,17 +84,22 @@ class Archive:
     def __init__(self, folder: Path, source: Source | None = None) -> None:
         self.folder = folder.absolute()
         self.source = source or machine_source()
-        self.keyring = self.source.keyring
 
     def update(self) -> None:
         """Fetch the package lists.  Raises ArchiveError if they are not all there and signed."""
+        for name in ("state/lists/partial", "cache/archives/partial"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        signed = f"Signed-By: {self.source.keyring}\n" if self.source.keyring else ""
+        (self.folder / "archive.sources").write_text(
+            f"Types: deb\nURIs: {self.source.uri}\nSuites: {' '.join(SUITES)}\n"
+            f"Components: main\nArchitectures: amd64\n{signed}"
+        )
         try:
-            self._update(SUITES)
+            self._apt("apt-get", "-o", "APT::Update::Error-Mode=any", "update")
         except ArchiveError as error:
-            if not re.search("NO_PUBKEY|not signed|verif", str(error)):
+            if "NO_PUBKEY" not in str(error):
                 raise
-            self._fetch_keyring()
-            self._update(SUITES)
+            raise ArchiveError(f"{error}\nhint: upgrade debian-archive-keyring") from None
 
     def versions(self) -> dict[str, str]:
         """Return the kernels on offer: upstream version ("6.12.117") to package version."""
@@ -126,24 +132,6 @@ class Archive:
         self._apt("apt-get", "download", *packages, cwd=into)
         return sorted(into.glob("*.deb"))
 
-    def _update(self, suites: tuple[str, ...]) -> None:
-        for name in ("state/lists/partial", "cache/archives/partial", "keys"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        signed = f"Signed-By: {self.keyring}\n" if self.keyring else ""
-        (self.folder / "archive.sources").write_text(
-            f"Types: deb\nURIs: {self.source.uri}\nSuites: {' '.join(suites)}\n"
-            f"Components: main\nArchitectures: amd64\n{signed}"
-        )
-        self._apt("apt-get", "-o", "APT::Update::Error-Mode=any", "update")
-
-    def _fetch_keyring(self) -> None:
-        # An old keyring does not know the newer release's keys, but vouches for the
-        # machine's own suite, which has a newer keyring.
-        self._update((self.source.suite,))
-        debs = self.download([KEYRING], self.folder / "keys")
-        subprocess.run(["dpkg-deb", "-x", debs[-1], self.folder / "keys"], check=True)
-        self.keyring = str(self.folder / f"keys/usr/share/keyrings/{KEYRING}.gpg")
-
     def _show(self, name: str) -> Iterator[dict[str, str]]:
         for stanza in self._apt("apt-cache", "show", name).split("\n\n"):
             fields = dict(re.findall(r"(?m)^([\w-]+): (.*)$", stanza))
@@ -158,7 +146,7 @@ class Archive:
             "Dir::State::status": "/dev/null",  # nothing is installed
             "Dir::Cache": self.folder / "cache",
             "Acquire::Languages": "none",
-            "Acquire::Retries": TRIES,
+            "Acquire::Retries": RETRIES,
             "Acquire::http::Timeout": 30,
             "APT::Architecture": "amd64",
             "APT::Get::List-Cleanup": "true",
@@ -167,7 +155,7 @@ class Archive:
             options["APT::Sandbox::User"] = "root"  # _apt cannot enter root's home
         arguments = [arg for name, value in options.items() for arg in ("-o", f"{name}={value}")]
         run = subprocess.run(
-            [command[0], *arguments, *command[1:]],
+            [program(str(command[0]), "apt"), *arguments, *command[1:]],
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,

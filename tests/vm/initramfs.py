@@ -6,11 +6,11 @@ buffer-format.rst), uncompressed: inflating is slow under emulation.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from .kernels import Kernel
+from .programs import MissingProgram, program
 
 MODULES = ("9p", "9pnet_virtio", "overlay")
 FOLDERS = ("dev", "proc", "sys", "host", "upper", "root", "modules")
@@ -19,18 +19,6 @@ FOLDER = 0o040755
 PROGRAM = 0o100755
 CONSOLE = 0o020600
 LINK = 0o120777
-
-
-class MissingProgram(Exception):
-    """A program that the machine needs is not installed."""
-
-
-def program(name: str, package: str) -> str:
-    """Return the path of a program, or raise MissingProgram naming the package."""
-    path = shutil.which(name)
-    if path is None:
-        raise MissingProgram(f"{name} is missing: apt install {package}")
-    return path
 
 
 def build(kernel: Kernel, disks: bool, files: Mapping[str, str]) -> bytes:

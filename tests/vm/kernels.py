@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .archive import Archive, ArchiveError
+from .programs import program
 
 NAMES = ("oldest", "newest")
 OLDEST = (6, 12)  # the first series that Debian builds with ublk
@@ -105,6 +106,8 @@ def fetch(names: Iterable[str] = NAMES) -> list[Kernel]:
     """
     cache().mkdir(parents=True, exist_ok=True)
     with _lock():
+        for leftover in cache().glob(".new-*"):
+            shutil.rmtree(leftover)
         archive, reason = None, ""
         try:
             archive = Archive(cache() / "apt")
@@ -185,7 +188,7 @@ def _unpack(debs: Iterable[Path], scratch: Path) -> Kernel:
     tree = scratch / "tree"
     for deb in debs:
         _say(f"unpacking {deb.name}")
-        subprocess.run(["dpkg-deb", "-x", deb, tree], check=True)
+        subprocess.run([program("dpkg-deb", "dpkg"), "-x", deb, tree], check=True)
     if not (tree / "lib").exists():
         (tree / "lib").symlink_to("usr/lib")
     folders = list((tree / "lib/modules").iterdir())
@@ -197,7 +200,7 @@ def _unpack(debs: Iterable[Path], scratch: Path) -> Kernel:
     kernel = Kernel(version, scratch / "kernel")
     kernel.folder.mkdir()
     shutil.move(next(path for path in images if path.is_file()), kernel.image)
-    depmod: list[str | Path] = ["depmod", "--basedir", tree, version]
+    depmod: list[str | Path] = [program("depmod", "kmod"), "--basedir", tree, version]
     subprocess.run(depmod, check=True)
     for path in Kernel(version, _view(folders[0], scratch)).needed(PLAIN):
         if path.suffix == ".xz":

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from . import initramfs, kernels
-from .initramfs import program
+from .programs import program
 
 TIMEOUT = 600.0
 TIMED_OUT = 124  # as timeout(1)
