@@ -1,6 +1,6 @@
 """A format for tests: every kind that a driver can answer with, at will, and every write in order.
 
-File: one sector of JSON at 0, the table of 8-byte entries from 4096 on, then clusters at multiples
+File: JSON at 0, the table of 8-byte entries from 4096 on, then clusters at multiples
 of the cluster size.  Nothing is checked: the tests need images that no honest driver would open.
 """
 
@@ -30,6 +30,7 @@ from virtmount.plan import Barrier, Extend, Plan, Punch, Write
 
 MAGIC = b'{"toy":'
 TABLE = 4096
+DIRTY = 4000  # begin() writes here, end() clears
 ABSENT, ZERO, PARTIAL, COMPRESSED, INVALID = range(5)
 SHARED = 1 << 63
 
@@ -44,7 +45,7 @@ class Toy(Image):
     def __init__(self, file: HostFile) -> None:
         self.file = file
         self.files = [file]
-        self.header: dict[str, Any] = json.loads(file.pread(0, 512).rstrip(b"\0"))
+        self.header: dict[str, Any] = json.loads(file.pread(0, DIRTY).rstrip(b"\0"))
         self.size = self.header["size"]
         self.cluster_size = self.header["cluster"]
         self.entries_per_leaf = self.header["per_leaf"]
@@ -93,14 +94,14 @@ class Toy(Image):
         return Leaf(table=TABLE + index * self.entries_per_leaf * 8)
 
     def slow(self, cluster: int) -> Sequence[Extent]:
-        """Pieces of a grain: DATA from the area behind the header's "slow", ABSENT, ZERO, …"""
+        """Pieces of a grain: SHARED (every such cluster has the same bytes), ABSENT and ZERO."""
         self.called("slow")
         base, grain = cluster * self.cluster_size, self.grain
-        kinds = (Kind.DATA, Kind.ABSENT, Kind.ZERO, Kind.SHARED)
+        kinds = (Kind.SHARED, Kind.ABSENT, Kind.ZERO, Kind.SHARED)
         pieces = []
         for i in range(self.cluster_size // grain):
             kind = kinds[(cluster + i) % 4]
-            host = self.header["slow"] + i * grain if kind in (Kind.DATA, Kind.SHARED) else 0
+            host = self.header["slow"] + i * grain if kind is Kind.SHARED else 0
             pieces.append(Extent(base + i * grain, grain, kind, host))
         return pieces
 
@@ -115,7 +116,7 @@ class Toy(Image):
 
     def begin(self) -> Plan:
         self.called("begin")
-        return Plan(Write(504, b"dirty"), Barrier)
+        return Plan(Write(DIRTY, b"dirty"), Barrier)
 
     def reserve(self, count: int) -> Reservation:
         self.called("reserve")
@@ -158,7 +159,7 @@ class Toy(Image):
 
     def end(self) -> Plan:
         self.called("end")
-        return Plan(Write(504, bytes(5)), Barrier)
+        return Plan(Write(DIRTY, bytes(5)), Barrier)
 
 
 def make_toy(
@@ -191,7 +192,7 @@ def make_toy(
     for i in range(cluster // grain):  # what slow() answers with
         data += bytes([0xC0 + i % 63]) * grain
     text = MAGIC + b"1," + json.dumps(header).encode()[1:]
-    assert len(text) < 500
+    assert len(text) < DIRTY
     data[: len(text)] = text
     for i, value in enumerate(entries):
         data[TABLE + i * 8 : TABLE + i * 8 + 8] = value.to_bytes(8, "little")
