@@ -153,7 +153,8 @@ def _header(ring: bytes, at: int, guid: bytes) -> Entry | None:
 def _is_whole(ring: bytes, entry: Entry) -> bool:
     """Whether checksum, descriptors and data sectors of an entry are in order."""
     raw = _unrolled(ring, entry)
-    if crc32c(raw[8:], crc32c(bytes(4), crc32c(raw[:4]))) != int.from_bytes(raw[4:8], "little"):
+    rest = memoryview(raw)[8:]
+    if crc32c(rest, crc32c(bytes(4), crc32c(raw[:4]))) != int.from_bytes(raw[4:8], "little"):
         return False
     data = _table_length(entry.descriptors)
     for signature, _, leading, offset, sequence in _descriptors(raw, entry):
