@@ -40,9 +40,10 @@ class Mapped(NamedTuple):
     def to_dict(self) -> dict[str, Any]:
         fields = self._asdict()
         del fields["file"]
-        for name in ("offset", "invalid"):
-            if fields[name] in (None, False):
-                del fields[name]
+        if self.offset is None:
+            del fields["offset"]
+        if not self.invalid:
+            del fields["invalid"]
         return fields
 
     def continues(self, before: Mapped) -> bool:
