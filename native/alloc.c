@@ -262,7 +262,8 @@ int dirty_take(struct vm_engine *engine, struct vm_dirty *ret, uint32_t max)
 
 void dirty_done(struct vm_engine *engine, int error)
 {
-    for (uint32_t i = 0; i < engine->committing_count; i++)
+    // After an error only the map knows these clusters: their leaves stay.
+    for (uint32_t i = 0; !error && i < engine->committing_count; i++)
         leaf_of(engine, engine->committing[i].cluster)->dirty--;
     engine->committing_count = 0;
     if (error)

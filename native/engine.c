@@ -304,7 +304,7 @@ static int post_copy(struct vm_engine *engine, const struct command *command, co
         memcpy(copy->data, data, length);
     }
     if (!post(engine, copy)) {
-        if (copy->op == DO_DIRTY_DONE || copy->op == DO_FAILED)
+        if (copy->op == DO_DIRTY_DONE || copy->op == DO_FAILED || copy->op == DO_POOL_ADD)
             execute(engine, copy);
         command_free(copy);
     }

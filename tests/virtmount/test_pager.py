@@ -5,6 +5,7 @@ The oracle is tests/reference.py, which asks the drivers again for every byte.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -527,6 +528,25 @@ def test_after_a_failed_plan_nothing_is_written_any_more(
         pass  # closed and unlocked
 
 
+def test_what_could_not_be_committed_still_reads_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: pytest.LogCaptureFixture
+) -> None:
+    """The file does not know these clusters, so their leaf must not be dropped from the map."""
+    config = Disk.config
+    small = lambda disk: dataclasses.replace(config(disk), map_bytes=1)  # noqa: E731
+    monkeypatch.setattr(Disk, "config", small)
+    path = make_toy(tmp_path / "a.toy", 8 << 20, {}, cluster=512, grain=512)
+    served = Served(path)
+    served.engine.write(0, b"x" * 512)
+    served.image.fail["commit"] = OSError(errno.EIO, "no")
+    assert errno_of(lambda: served.engine.io(Op.FLUSH)) == errno.EIO
+    for start in (2 << 20, 4 << 20, 6 << 20):
+        served.engine.read(start, 512)
+    assert served.engine.stats()["leaves"] < 4
+    assert served.engine.read(0, 512) == b"x" * 512
+    assert errno_of(served.pager.close) == errno.EIO
+
+
 @pytest.mark.parametrize("step", ["pwrite", "sync"])
 def test_a_failed_step_of_a_commit_fails_the_flush_for_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: pytest.LogCaptureFixture, step: str
@@ -627,6 +647,33 @@ def test_requests_that_wait_when_the_engine_stops_fail(tmp_path: Path) -> None:
     go.set()
     served.pager.close()
     assert errors == [errno.ESHUTDOWN]
+
+
+def test_clusters_reserved_while_the_engine_stops_come_back(tmp_path: Path) -> None:
+    served = Served(make_toy(tmp_path / "a.toy", 64 * KIB, {}, at_once=8))
+    held, go = threading.Event(), threading.Event()
+    real = served.image.reserve
+
+    def reserve(count: int) -> Reservation:
+        held.set()
+        assert go.wait(10)
+        return real(count)
+
+    served.image.reserve = reserve  # type: ignore[method-assign]
+    errors: list[int] = []
+    writer = threading.Thread(
+        target=lambda: errors.append(errno_of(lambda: served.engine.write(0, b"x" * 512)))
+    )
+    writer.start()
+    assert held.wait(10)
+    served.pager.stop()
+    writer.join()
+    served.pager._threads[0].join()
+    go.set()
+    served.pager.close()
+    assert errors == [errno.ESHUTDOWN]
+    assert sum(run.count for run in served.image.reused) == 8
+    assert served.calls()[-1] == "end"
 
 
 def test_close_is_orderly_whatever_was_going_on(tmp_path: Path) -> None:
