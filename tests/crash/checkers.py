@@ -102,7 +102,7 @@ def check_qcow2(store: Store) -> Findings:
         if have < want:
             found.wrong.append(f"cluster {index:#x}: refcount {have}, {want} references")
         elif have > want:
-            found.leaked.append(f"cluster {index:#x}: refcount {have}, {want} references")
+            found.leaked.append(f"cluster {index:#x}: refcount {have - want} too high")
     return found
 
 
