@@ -267,13 +267,21 @@ class VHDX(Image):
         return f"BAT entry of block {block} at {self._entry_offset(block)}"
 
     def _find_end(self) -> None:
-        """Without a survey: the end of the last block, whatever its state."""
-        last = max(region.end for region in self._taken)
-        for _, entries in self._entries(0, self._blocks):
-            last = max(last, (max(entries) >> 20 << 20) + self.cluster_size)
-        # An entry that points past the end of the file has no data; new blocks go behind it all
-        # the same, or it would come to point into them.
-        self._end = max(last, -(-self._initial_size // MIB) * MIB)
+        """Without a survey: the end of the last place that any entry names.
+
+        Such a place may lie past the end of the file, where it holds no data.  New blocks go behind
+        it all the same, or the entry would come to point into them.
+        """
+        end = -(-max(self._initial_size, *(region.end for region in self._taken)) // MIB) * MIB
+        at = self._bat.offset
+        last = self._entry_offset(self._blocks - 1) + ENTRY
+        zeros = bytes(CHUNK)
+        while at < last:
+            raw = self.file.pread(at, min(CHUNK, last - at))
+            if raw != zeros:
+                end = max(end, (max(little(raw)) >> 20 << 20) + self.cluster_size)
+            at += len(raw)
+        self._end = end
         self._surveyed = True
 
     def begin(self) -> Plan:
@@ -445,7 +453,7 @@ class VHDX(Image):
         room = self._log.capacity
         for start in range(0, len(offsets), room):
             part = {at: sectors[at] for at in offsets[start : start + room]}
-            if len(self._unsettled.keys() | part.keys()) > ENTRY_CHANGES:
+            if self._unsettled and len(self._unsettled.keys() | part.keys()) > ENTRY_CHANGES:
                 steps.append(Barrier)
                 self._unsettled.clear()
             writes, lap = self._log.append(
