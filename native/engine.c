@@ -97,8 +97,8 @@ int vm_engine_add_file(struct vm_engine *engine, int fd, int direct_fd, uint32_t
 static void answer_refill(struct vm_engine *engine, int error)
 {
     engine->refill_asked = false;
-    bool empty = !engine->pool.clusters;
-    requests_wake(engine, WAIT_POOL, 0, empty ? (error ? error : -ENOSPC) : 0);
+    // Empty without an error: all that came was taken meanwhile, so they ask again.
+    requests_wake(engine, WAIT_POOL, 0, engine->pool.clusters ? 0 : error);
 }
 
 static void answer_begin(struct vm_engine *engine, int error)

@@ -12,6 +12,7 @@ import enum
 import functools
 import importlib
 import os
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -280,27 +281,47 @@ def ublk_control(control_fd: int, command: int, payload: Buffer) -> int:
 
 
 class Ranges:
-    """Sorted host ranges, for Python and as a C array; overlapping and adjacent ones are merged."""
+    """Sorted host ranges as a C array; overlapping and adjacent ones are merged.
+
+    An image may have a million tables, so they are not kept as Python objects.
+    """
 
     def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        for offset, length in sorted(ranges):
-            if length <= 0:
-                continue
-            if self._ends and offset <= self._ends[-1]:
-                self._ends[-1] = max(self._ends[-1], offset + length)
-            else:
-                self._starts.append(offset)
-                self._ends.append(offset + length)
-        self.count = len(self._starts)
-        pairs = [(start, end - start) for start, end in zip(self._starts, self._ends, strict=True)]
-        self.array = native().ffi.new("struct vm_range[]", pairs)
+        merged, late = _merge(ranges)
+        if late:
+            pairs = zip(merged[::2], merged[1::2], strict=True)
+            merged, late = _merge(sorted([*pairs, *late]))
+        self._pairs = merged
+        self.count = len(merged) // 2
+        self.array = native().ffi.from_buffer("struct vm_range[]", merged)
 
     def touch(self, offset: int, length: int) -> bool:
         """Whether any of them touches [offset, offset + length)."""
-        i = bisect.bisect_right(self._ends, offset)
-        return i < self.count and self._starts[i] < offset + length
+        pairs = self._pairs
+        i = bisect.bisect_right(
+            range(self.count), offset, key=lambda i: pairs[2 * i] + pairs[2 * i + 1]
+        )
+        return i < self.count and pairs[2 * i] < offset + length
+
+
+def _merge(ranges: Iterable[tuple[int, int]]) -> tuple[array[int], list[tuple[int, int]]]:
+    """offset, length, offset … of those in order, merged, and a list of those out of order."""
+    merged = array("Q")
+    late = []
+    start = end = -1
+    for offset, length in ranges:
+        if length <= 0:
+            continue
+        if offset > end:
+            merged.append(offset)
+            merged.append(length)
+            start, end = offset, offset + length
+        elif offset < start:
+            late.append((offset, length))
+        elif offset + length > end:
+            end = offset + length
+            merged[-1] = end - start
+    return merged, late
 
 
 class Decoder:

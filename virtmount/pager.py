@@ -274,6 +274,8 @@ class Pager:
         except OSError:
             self._image.release(reservation.runs)
             raise
+        if not any(run.count > 0 for run in reservation.runs):
+            raise OSError(errno.ENOSPC, f"{self._image.name}: reserved nothing")
         for run in reservation.runs:
             if self._filler.is_metadata(run.host_offset, run.count * self._cluster, run.file):
                 with self._failing():
@@ -286,8 +288,8 @@ class Pager:
         hurry = now - self._refilled < HURRY
         self._ahead = min(self._ahead * 2, AHEAD_HIGH) if hurry else AHEAD_LOW
         self._refilled = now
-        if self._cluster >= AHEAD_LOW:
-            return max(asked, 1)
+        if self._cluster >= AHEAD_LOW and not hurry:
+            return max(asked, 1)  # a whole large cluster for what may be one small write
         return max(asked, 1, min(self._ahead // self._cluster, self._clusters))
 
     def _extend(self, plan: Plan) -> None:

@@ -199,6 +199,34 @@ def test_racing_writers_allocate_each_cluster_once(tmp_path: Path) -> None:
         assert served.engine.read(0, 256 * KIB) == expected
 
 
+def test_small_reservations_are_enough_for_many_writers(tmp_path: Path) -> None:
+    """What one refill brings may be gone before its answer: that is not the end of the space."""
+    path = make_toy(tmp_path / "a.toy", 256 * KIB, {}, cluster=512, grain=512, at_once=3)
+    errors: list[int] = []
+    with Served(path) as served:
+
+        def write(number: int) -> None:
+            for start in range(number * 8 * KIB, 256 * KIB, 64 * KIB):
+                data = bytes([number + 1]) * 8 * KIB
+                errors.append(errno_of(lambda: served.engine.write(start, data)))  # noqa: B023
+
+        threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(errors) == {0}
+        assert served.engine.stats()["allocations"] == 512
+
+
+def test_a_driver_that_reserves_nothing_is_out_of_space(
+    tmp_path: Path, quiet: pytest.LogCaptureFixture
+) -> None:
+    with Served(make_toy(tmp_path / "a.toy", 64 * KIB, {})) as served:
+        served.image.reserve = lambda count: Reservation((), Plan())  # type: ignore[method-assign]
+        assert errno_of(lambda: served.engine.write(0, b"x" * 512)) == errno.ENOSPC
+
+
 def test_a_mapped_read_or_write_never_enters_python(tmp_path: Path) -> None:
     path = make_toy(tmp_path / "a.toy", 64 * KIB, {i: bytes([i]) * 4096 for i in range(16)})
     with Served(path) as served:
@@ -737,11 +765,12 @@ def test_no_more_clusters_ahead_than_the_disk_has(
     assert wanted(path, [(0.0, 1)], monkeypatch) == [16]
 
 
-def test_large_clusters_are_reserved_one_by_one(
+def test_large_clusters_are_not_reserved_ahead_for_a_single_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_toy(tmp_path / "a.toy", 1 << 30, {}, cluster=32 << 20, grain=32 << 20)
-    assert wanted(path, [(0.0, 1), (0.1, 2)], monkeypatch) == [1, 2]
+    asked = [(0.0, 1), (5.0, 1), (5.1, 1), (5.2, 1), (9.0, 3)]
+    assert wanted(path, asked, monkeypatch) == [1, 1, 1, 2, 3]
 
 
 # The disk
