@@ -15,7 +15,11 @@ Invariants
 6. Once a plan of begin, commit, discard or end, or any sync, has failed, the image is never
    written again, by the engine neither: what is on disk now is what a crash here would leave.
    Reads go on.  A failed sync may have dropped what was written before it, so it is never retried.
-7. Clusters whose write failed are not used again before the next session.
+7. A host cluster whose write failed goes back to the driver, which empties it before it hands it
+   out again: at once where the host had no space, so that retries do not make the file grow; else
+   at the end, because the place itself may be bad.
+8. The log needs no file but its own: a traceback is written without source lines, since those
+   might have to be read from the disk that waits for us.
 
 States: running; failed (6: reads only); closed.  stop() of the engine may come in any of them.
 """
@@ -29,6 +33,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,6 +79,7 @@ class Pager:
         self._stopping = False
         self._closed = False
         self._lost: list[Run] = []
+        self._full = False  # the last write that failed found no space
         self._places: set[tuple[Any, ...]] = set()
         self._ahead = AHEAD_LOW
         self._refilled = self._committed = time.monotonic()
@@ -197,12 +203,12 @@ class Pager:
                     act = functools.partial(self._discard, fault.offset, fault.length)
                     self._answer(fault, act)
                 case FaultType.FAILED:
+                    self._full = fault.arg in (errno.ENOSPC, errno.EDQUOT)
                     if self._first(FaultType.FAILED, fault.arg):
                         text = "%s: %s, writing or syncing the image for guest byte %d"
                         log.error(text, self._files[0], os.strerror(fault.arg), fault.offset)
                 case FaultType.LOST:
-                    count = fault.length // self._cluster
-                    self._lost.append(Run(fault.offset, count, fault.arg))
+                    self._lose(Run(fault.offset, fault.length // self._cluster, fault.arg))
                 case FaultType.DEVICE:
                     self.device_gone.set()
         if flushes:
@@ -305,6 +311,13 @@ class Pager:
                 hostfile.sync_all(self._files)
         hostfile.execute(Plan(*steps), self._files, self.engine.drain)
 
+    def _lose(self, run: Run) -> None:
+        if self._full and not self._failed:
+            with self._failing():
+                self._image.release([run])
+        else:
+            self._lost.append(run)
+
     def _flush(self) -> None:
         """Make durable what was acknowledged up to now."""
         if not self._commit():
@@ -379,7 +392,7 @@ class Pager:
         place = (type(error), getattr(error, "place", getattr(error, "errno", None)), *where)
         if self._first(*place):
             known = isinstance(error, VirtmountError)
-            log.error("%s: %s", self._files[0], error, exc_info=None if known else error)
+            log.error("%s: %s%s", self._files[0], error, "" if known else trail(error))
 
     def _first(self, *place: Any) -> bool:
         if place in self._places or len(self._places) >= MAX_PLACES:
@@ -393,3 +406,12 @@ def errno_of(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno and 0 < error.errno < 4096:
         return error.errno
     return errno.ENOMEM if isinstance(error, MemoryError) else errno.EIO
+
+
+def trail(error: BaseException) -> str:
+    """The traceback in one line (invariant 8)."""
+    frames = [
+        f"{frame.f_code.co_filename}:{line} {frame.f_code.co_name}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    return f" ({type(error).__name__}; {' > '.join(frames)})"

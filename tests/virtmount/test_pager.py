@@ -509,6 +509,49 @@ def test_a_file_that_cannot_grow_fails_the_write_and_gives_the_clusters_back(
         assert served.pager.failed == 0
 
 
+def test_a_full_host_does_not_make_the_file_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: pytest.LogCaptureFixture
+) -> None:
+    """/dev/full takes the engine's writes; the metadata goes to the file."""
+    path = make_toy(tmp_path / "a.toy", 64 * KIB, {}, at_once=1)
+    add_file = Engine.add_file
+    full = os.open("/dev/full", os.O_RDWR)
+    monkeypatch.setattr(
+        Engine, "add_file", lambda self, fd, **options: add_file(self, full, **options)
+    )
+    with Served(path) as served:
+        for _ in range(5):
+            assert errno_of(lambda: served.engine.write(0, b"x" * 512)) == errno.ENOSPC
+        assert served.engine.read(0, 512) == bytes(512)
+        size = path.stat().st_size
+    assert size <= -(-toy.TABLE // 4096) * 4096 + 4 * 4096
+    assert served.calls().count("reserve") >= 5
+    os.close(full)
+    with Served(path, writable=False) as served:
+        assert served.engine.read(0, 64 * KIB) == bytes(64 * KIB)
+
+
+def test_a_bad_place_is_not_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: pytest.LogCaptureFixture
+) -> None:
+    path = make_toy(tmp_path / "a.toy", 64 * KIB, {}, at_once=1)
+    add_file = Engine.add_file
+    bad = os.open(path, os.O_RDONLY)
+    monkeypatch.setattr(
+        Engine, "add_file", lambda self, fd, **options: add_file(self, bad, **options)
+    )
+    with Served(path) as served:
+        for _ in range(3):
+            assert errno_of(lambda: served.engine.write(0, b"x" * 512)) == errno.EBADF
+        served.engine.stats()
+        image = served.image
+    os.close(bad)
+    hosts = [run.host_offset for run in image.reused for _ in range(run.count)]
+    assert (
+        len(hosts) == len(set(hosts)) >= 3
+    )  # each cluster went out once, and came back at the end
+
+
 FAILURES = [
     ("begin", lambda served: served.engine.write(0, b"y" * 512)),
     ("commit", lambda served: served.engine.io(Op.FLUSH)),
@@ -636,8 +679,12 @@ def test_each_place_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
             assert errno_of(lambda: served.engine.read(0, 512)) == errno.EIO
     records = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert len(records) == 1
-    assert "a.toy" in records[0].getMessage()
-    assert records[0].exc_info
+    text = records[0].getMessage()
+    assert "a.toy" in text
+    assert "KeyError" in text
+    assert "toy.py" in text
+    assert "_inflate >" in text
+    assert not records[0].exc_info
 
 
 def test_when_the_pager_dies_requests_fail_rather_than_hang(
