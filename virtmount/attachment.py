@@ -326,7 +326,7 @@ def _failed(record: Record) -> VirtmountError:
 def _end_loop(record: Record) -> None:
     from virtmount import loop
 
-    loop.detach(record.device)
+    loop.detach(record.device, record.file_id)
     with state.locked():
         nodes.remove_links(record.name, record.kernel_name)
         record.remove()
