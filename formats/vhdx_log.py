@@ -21,6 +21,8 @@ of a run as its second, and gives up on the whole image where a descriptor is to
    does not fit, a new lap begins under a new GUID, which makes all old entries invalid at once.
 5. A GUID is put into the file's header only when its first batch is durable.  A header that names a
    log without entries makes the file corrupt by 2.3.3, and unwritable for ever by qemu.
+6. The last two sectors of the ring stay unused.  qemu never ends its search where a run from the
+   start of the ring ends one sector before its end, or is followed by a torn entry up to its end.
 """
 
 from __future__ import annotations
@@ -230,7 +232,7 @@ class LogWriter:
 
     def __init__(self, offset: int, length: int) -> None:
         self.offset = offset
-        self.length = min(length, MAX_REPLAY)
+        self.length = min(length, MAX_REPLAY) - 2 * SECTOR  # that is used
         self.guid: UUID | None = None  # of the current lap
         self._next = 0  # in the ring
         self._sequence = 0
