@@ -6,7 +6,9 @@ Boots a virtual machine (tests.vm), attaches the same images with each server, r
 them in turn, round after round, and prints medians and ratios as a table.  With --out DIR also
 writes results.json, results.md and, where matplotlib is installed, results.png.
 
-Only ratios within one run mean something: the machine is emulated and shared.
+Only ratios within one run mean something: the machine is emulated and shared.  With --icount the
+machine's clock counts instructions of its one processor and the images lie in memory, so that the
+figures repeat on a busy machine; they tell what a request costs, and nothing of parallelism.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from benchmarks.workloads import SUBJECTS, WORKLOADS
 from tests.vm.machine import run
 
+COUNTED_IOS = 4000
 ROOT = Path(__file__).resolve().parent.parent
 BAR_COLOURS = {"virtmount": "#2a6f97", "qemu-nbd": "#c1666b", "losetup": "#7a7a7a"}
 
@@ -38,11 +41,16 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Results:
     command = [sys.executable, "-m", "benchmarks.guest", str(out)]
     command += ["--cache", arguments.cache, "--rounds", str(arguments.rounds)]
     command += ["--seconds", str(arguments.seconds), "--size", str(arguments.size)]
+    disks = [f"{max(12 * arguments.size, 1024)}M:images:fast"]
+    if arguments.icount:
+        command += ["--memory", "--ios", str(COUNTED_IOS)]
+        disks = []
     result = run(
         command,
         kernel=arguments.kernel,
         memory="3G",
-        disks=[f"{max(12 * arguments.size, 1024)}M:images:fast"],
+        icount=arguments.icount,
+        disks=disks,
         shares=[folder],
         timeout=arguments.timeout,
         cwd=ROOT,
@@ -120,11 +128,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement")
     parser.add_argument("--size", type=int, default=256, help="MiB of one image")
     parser.add_argument("--timeout", type=int, default=5400)
+    parser.add_argument("--icount", action="store_true", help="count instructions, not time")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
     parser.add_argument("--out", type=Path, help="folder for results.json, .md and .png")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.seconds, arguments.size = 1, 1.0, 64
+    if arguments.icount:
+        arguments.rounds, arguments.size = min(arguments.rounds, 2), 64
     print(
         f"{len(WORKLOADS)} workloads, {len(SUBJECTS)} subjects, {arguments.rounds} rounds, "
         f"kernel {arguments.kernel}, cache {arguments.cache}",

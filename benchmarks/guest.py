@@ -82,8 +82,11 @@ def void(_: str) -> None:
     """A detach has no result."""
 
 
-def fio(device: str, workload: Workload, seconds: float) -> float:
-    """IOPS.  A fresh workload is timed over the whole device, the final flush included."""
+def fio(device: str, workload: Workload, seconds: float, ios: int) -> float:
+    """IOPS over `seconds`, or over `ios` requests where that is not 0.
+
+    A fresh workload is timed over the whole device, the final flush included.
+    """
     command = [
         "fio", "--name=b", f"--filename={device}", f"--rw={workload.rw}", f"--bs={workload.bs}",
         f"--iodepth={workload.depth}", "--ioengine=io_uring", "--direct=1", "--output-format=json",
@@ -91,6 +94,8 @@ def fio(device: str, workload: Workload, seconds: float) -> float:
     ]  # fmt: skip
     if workload.fresh:
         command += ["--end_fsync=1"]
+    elif ios:
+        command += [f"--number_ios={ios}"]
     else:
         command += ["--time_based", f"--runtime={seconds}", "--ramp_time=0.3"]
     report = json.loads(sh(*command))["jobs"][0]
@@ -107,12 +112,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--ios", type=int, default=0)
+    parser.add_argument("--memory", action="store_true", help="images on tmpfs")
     arguments = parser.parse_args()
     size = arguments.size << 20
     for module in ("nbd", "ublk_drv", "loop", "xfs"):
         sh("modprobe", module)
-    sh("mkfs.xfs", "-q", "/dev/scratch/images")
-    sh("mount", "/dev/scratch/images", str(IMAGES))
+    if arguments.memory:
+        sh("mount", "-t", "tmpfs", "-o", "size=90%", "images", str(IMAGES))
+    else:
+        sh("mkfs.xfs", "-q", "/dev/scratch/images")
+        sh("mount", "/dev/scratch/images", str(IMAGES))
     servers = Servers(arguments.cache)
     attached = {}
     for subject in SUBJECTS:
@@ -133,10 +143,10 @@ def main() -> None:
                     path = IMAGES / f"fresh.{SUFFIX[kind]}"
                     create(path, kind, size // 2)
                     device, detach = servers.attach(server, kind, path)
-                    value = fio(device, workload, arguments.seconds)
+                    value = fio(device, workload, arguments.seconds, arguments.ios)
                     detach()
                 else:
-                    value = fio(attached[subject], workload, arguments.seconds)
+                    value = fio(attached[subject], workload, arguments.seconds, arguments.ios)
                 results[name][subject].append(value)
                 print(
                     f"round {number + 1}: {name}: {subject}: {value:.0f}",
