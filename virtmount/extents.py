@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import errno
 import os
+from array import array
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from virtmount.disk import SECTOR, round_up
-from virtmount.image import Chain, Extent, Image, Kind, decode
+from virtmount.engine import Decoder, Ranges
+from virtmount.fill import HOST_SHIFT, KIND_SHIFT
+from virtmount.image import Chain, Extent, Image, Kind
 
 HAS_OFFSET = (Kind.DATA, Kind.SHARED)
+HOST_MASK = (1 << 51) - 1
 
 
 class Mapped(NamedTuple):
@@ -62,7 +66,8 @@ def mapped(chain: Chain) -> Iterator[Mapped]:
     """The whole disk of a chain in order and without gaps, neighbours merged."""
     size = round_up(chain.top.size, chain.top.sector_size)
     last: Mapped | None = None
-    for item in _resolve(chain.images, 0, 0, size):
+    layers = [_Layer(image) for image in chain.images]
+    for item in _resolve(layers, 0, 0, size):
         if last is not None and item.continues(last):
             last = last._replace(length=last.length + item.length)
             continue
@@ -73,11 +78,12 @@ def mapped(chain: Chain) -> Iterator[Mapped]:
         yield last
 
 
-def _resolve(images: list[Image], depth: int, start: int, end: int) -> Iterator[Mapped]:
-    image = images[depth]
+def _resolve(layers: list[_Layer], depth: int, start: int, end: int) -> Iterator[Mapped]:
+    layer = layers[depth]
+    image = layer.image
     # What lies past the end of a parent is its child's word: never written.
     inside = min(end, round_up(image.size, SECTOR)) if depth else end
-    for run in _runs(image, start, inside):
+    for run in layer.runs(start, inside):
         at, length, kind, host, file = run
         if kind in HAS_OFFSET:
             if image.flat is not None:
@@ -90,8 +96,8 @@ def _resolve(images: list[Image], depth: int, start: int, end: int) -> Iterator[
             yield Mapped(at, length, depth, True, False, True, compressed=True)
         elif kind is not Kind.ABSENT:
             yield Mapped(at, length, depth, True, False, True, invalid=True)
-        elif depth + 1 < len(images):
-            yield from _resolve(images, depth + 1, at, at + length)
+        elif depth + 1 < len(layers):
+            yield from _resolve(layers, depth + 1, at, at + length)
         else:
             yield Mapped(at, length, depth, False, True, False)
     inside = max(inside, start)
@@ -99,63 +105,87 @@ def _resolve(images: list[Image], depth: int, start: int, end: int) -> Iterator[
         yield Mapped(inside, end - inside, depth - 1, False, True, False)
 
 
-def _runs(image: Image, start: int, end: int) -> Iterator[Extent]:
-    """What one image says about guest bytes start … end; clusters merged within a leaf."""
-    if image.flat is not None:
-        if start < end:
-            yield Extent(start, end - start, Kind.DATA, image.flat + start)
-        return
-    size, per_leaf = image.cluster_size, image.entries_per_leaf
-    cluster, stop = start // size, -(-end // size)
-    clusters = -(-image.size // size)
-    while cluster < stop:
-        if cluster >= clusters:  # the padding of the last sector
-            yield Extent(max(start, cluster * size), end - max(start, cluster * size), Kind.ABSENT)
+class _Layer:
+    """One image of the chain, read by native/decode.c: a disk may have a billion clusters."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        if image.layout is not None and image.flat is None:
+            self._decoder = Decoder(image.layout, 0, image.cluster_size, 1)
+            self._forbidden = Ranges(image.metadata())
+
+    def runs(self, start: int, end: int) -> Iterator[Extent]:
+        """What this image says about guest bytes start … end; clusters merged within a leaf."""
+        image = self.image
+        if image.flat is not None:
+            if start < end:
+                yield Extent(start, end - start, Kind.DATA, image.flat + start)
             return
-        index, within = divmod(cluster, per_leaf)
-        count = min(min(stop, clusters) - cluster, per_leaf - within)
-        for extent in _leaf_runs(image, index, cluster, within, count):
-            low = max(extent.guest_offset, start)
-            high = min(extent.guest_offset + extent.length, end)
-            if low < high:
-                shift = low - extent.guest_offset if extent.kind in HAS_OFFSET else 0
-                host = extent.host_offset + shift
-                yield Extent(low, high - low, extent.kind, host, extent.file)
-        cluster += count
+        size, per_leaf = image.cluster_size, image.entries_per_leaf
+        cluster, stop = start // size, -(-end // size)
+        clusters = -(-image.size // size)
+        while cluster < stop:
+            if cluster >= clusters:  # the padding of the last sector
+                padding = max(start, cluster * size)
+                yield Extent(padding, end - padding, Kind.ABSENT)
+                return
+            index, within = divmod(cluster, per_leaf)
+            count = min(min(stop, clusters) - cluster, per_leaf - within)
+            for extent in self._leaf(index, cluster, within, count):
+                low = max(extent.guest_offset, start)
+                high = min(extent.guest_offset + extent.length, end)
+                if low < high:
+                    shift = low - extent.guest_offset if extent.kind in HAS_OFFSET else 0
+                    host = extent.host_offset + shift
+                    yield Extent(low, high - low, extent.kind, host, extent.file)
+            cluster += count
 
+    def _leaf(self, index: int, cluster: int, within: int, count: int) -> Iterator[Extent]:
+        image, size = self.image, self.image.cluster_size
+        leaf = image.leaf(index)
+        at = cluster * size
+        if leaf.table is None:
+            if leaf.base is None:
+                yield Extent(at, count * size, leaf.kind)
+            else:
+                host = leaf.base + within * size
+                yield Extent(at, count * size, Kind.DATA, host, leaf.data_file)
+            return
+        assert image.layout is not None
+        width = image.layout.width
+        raw = image.files[leaf.table_file].pread(leaf.table + within * width, count * width)
+        entries = array("Q", bytes(8 * count))
+        self._decoder.decode(
+            raw,
+            entries,
+            0,
+            count,
+            source=0,
+            skip=0,
+            limit=round_up(image.files[leaf.data_file].size, size),
+            forbidden=self._forbidden if leaf.data_file == 0 else None,
+        )
+        first, expected, step = 0, -1, 0  # of the open run
+        for i, entry in enumerate(entries):
+            if entry != expected:
+                if i:
+                    yield from self._run(at, first, i, entries[first], leaf.data_file)
+                first, expected = i, entry
+                # One PARTIAL cluster is not like the next.
+                kind = entry >> KIND_SHIFT
+                step = size >> HOST_SHIFT if kind in HAS_OFFSET else int(kind == Kind.PARTIAL)
+            expected += step
+        yield from self._run(at, first, count, entries[first], leaf.data_file)
 
-def _leaf_runs(image: Image, index: int, cluster: int, within: int, count: int) -> Iterator[Extent]:
-    size = image.cluster_size
-    leaf = image.leaf(index)
-    at = cluster * size
-    if leaf.table is None:
-        if leaf.base is None:
-            yield Extent(at, count * size, leaf.kind)
-        else:
-            host = leaf.base + within * size
-            yield Extent(at, count * size, Kind.DATA, host, leaf.data_file)
-        return
-    layout = image.layout
-    assert layout is not None
-    raw = image.files[leaf.table_file].pread(
-        leaf.table + within * layout.width, count * layout.width
-    )
-    start, kind, host = at, Kind.ABSENT, 0  # the open run: empty while start == at
-    for next_kind, next_host in decode(layout, raw, size, image.files[leaf.data_file].size):
-        joins = next_kind is kind and (kind not in HAS_OFFSET or next_host == host + at - start)
-        if not joins or kind is Kind.PARTIAL:
-            if start < at:
-                yield from _closed(image, Extent(start, at - start, kind, host, leaf.data_file))
-            start, kind, host = at, next_kind, next_host
-        at += size
-    yield from _closed(image, Extent(start, at - start, kind, host, leaf.data_file))
-
-
-def _closed(image: Image, run: Extent) -> Iterator[Extent]:
-    if run.kind is Kind.PARTIAL:
-        yield from image.slow(run.guest_offset // image.cluster_size)
-    else:
-        yield run
+    def _run(self, base: int, first: int, end: int, entry: int, file: int) -> Iterator[Extent]:
+        """Entries first … end of a leaf, whose first cluster is at guest byte `base`."""
+        size = self.image.cluster_size
+        start, kind = base + first * size, Kind(entry >> KIND_SHIFT)
+        if kind is Kind.PARTIAL:
+            yield from self.image.slow(start // size)
+            return
+        host = (entry & HOST_MASK) << HOST_SHIFT if kind in HAS_OFFSET else 0
+        yield Extent(start, (end - first) * size, kind, host, file)
 
 
 def _holes(image: Image, depth: int, run: Extent) -> Iterator[Mapped]:
