@@ -23,7 +23,7 @@ from tests.reference import Reference
 from virtmount import hostfile
 from virtmount.formats import load
 from virtmount.hostfile import HostFile
-from virtmount.image import Image, Kind
+from virtmount.image import Image, Kind, extents
 from virtmount.plan import Plan
 
 BASE_WRITES = 1_000_000  # numbers of the writes that made what is there before the workload
@@ -41,6 +41,7 @@ class Case:
     options: tuple[str, ...] = ()  # qemu-img create -o
     parent: bool = False
     compressed: bool = False
+    filled: int = 0  # bytes of data that are there before, as far as the host file goes
     sector: int = 512
     count: int = 60  # requests in the workload
     warmup: int = 0  # write, flush, discard, flush rounds before it, without cuts
@@ -59,7 +60,16 @@ CASES = (
     Case("qcow2-4k", "qcow2", 4 * MIB, 4 * KIB, ("cluster_size=4k",)),
     Case("qcow2-512-rc1", "qcow2", MIB, 512, ("cluster_size=512", "refcount_bits=1"), mix=_SMALL),
     Case("qcow2-512-rc16", "qcow2", MIB, 512, ("cluster_size=512",), mix=_SMALL),
-    Case("qcow2-512-rc64", "qcow2", MIB, 512, ("cluster_size=512", "refcount_bits=64"), mix=_SMALL),
+    # Just before the refcount table must grow: 64 counts a block, 64 blocks a table.
+    Case(
+        "qcow2-512-rc64",
+        "qcow2",
+        2560 * KIB,
+        512,
+        ("cluster_size=512", "refcount_bits=64"),
+        filled=1920 * KIB,
+        mix=_SMALL,
+    ),
     Case("qcow2-v2", "qcow2", 4 * MIB, 4 * KIB, ("cluster_size=4k", "compat=0.10")),
     Case("qcow2-parent", "qcow2", 4 * MIB, 64 * KIB, parent=True),
     Case(
@@ -134,12 +144,16 @@ def make(case: Case, folder: Path) -> Made:
     for option in case.options:
         command += ["-o", option]
     parent: Store | None = None
-    if case.parent or case.compressed:
+    if case.filled:
+        content[: case.filled] = patterns(BASE_WRITES, 0, case.filled)
+    elif case.parent or case.compressed:
         _scatter(content, case)
+    if content.strip(b"\0"):
         parent = Store.of(bytes(content))
         parent.save(folder / "parent.raw")
-    if case.compressed:
-        command = ["qemu-img", "convert", "-q", "-c", "-f", "raw", "-O", *command[4:]]
+    if case.compressed or case.filled:
+        pressed = ["-c"] if case.compressed else []
+        command = ["qemu-img", "convert", "-q", *pressed, "-f", "raw", "-O", *command[4:]]
         run([*command, str(folder / "parent.raw"), str(path)])
         parent = None
     elif case.parent:
@@ -184,17 +198,30 @@ def open_image(format_name: str, file: HostFile) -> Image:
     return driver(file)
 
 
-def content_of(disk: Reference) -> Store:
-    """The whole disk as the drivers map it.  Holes of simulated files are not looked at."""
-    content = Store(disk.size)
-    for layer, extent in disk.extents(0, disk.size):
-        at = extent.guest_offset
-        if extent.kind is Kind.ZERO:
+def content_of(images: Sequence[Image]) -> Store:
+    """The whole disk as the drivers map it: the top image over its raw parent."""
+    top, *parents = images
+    content = Store(top.size)
+    if parents:
+        file = parents[0].files[0]
+        assert isinstance(file, SimulatedFile)
+        content.take(0, file.store, 0, top.size)
+    for at, length, kind, host_offset, number in extents(top, 0, top.size):
+        if kind is Kind.ABSENT:
             continue
-        if extent.kind in (Kind.DATA, Kind.SHARED):
-            file = disk.images[layer].files[extent.file]
-            if isinstance(file, SimulatedFile) and not file.patched:
-                content.take(at, file.store, extent.host_offset, extent.length)
-                continue
-        content.write(at, disk.pread(at, extent.length))
+        length = min(length, top.size - at)
+        if kind is Kind.ZERO:
+            content.zero(at, length)
+        elif kind is Kind.COMPRESSED:
+            content.write(at, top.inflate(at // top.cluster_size)[:length])
+        elif kind in (Kind.DATA, Kind.SHARED):
+            file = top.files[number]
+            assert isinstance(file, SimulatedFile)
+            content.zero(at, length)
+            if file.patched:
+                content.write(at, file.pread_padded(host_offset, length))
+            else:
+                content.take(at, file.store, host_offset, length)
+        else:
+            raise AssertionError(f"cluster at {at:#x} is {kind.name}")
     return content

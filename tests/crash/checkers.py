@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tests.crash.simulate import Store
@@ -62,15 +62,13 @@ def check_qcow2(store: Store) -> Findings:
 
     use(0, cluster, "header")
     use(table, table_clusters * cluster, "refcount table")
-    for i, (entry,) in enumerate(
-        struct.iter_unpack(">Q", store.read(table, table_clusters << bits))
-    ):
+    for i, entry in enumerate(used_entries(store, table, table_clusters << bits, ">Q")):
         if entry:
             use(entry, cluster, f"refcount block {i}")
     if l1_size:
         use(l1, l1_size * 8, "L1 table")
     zero_flag = version > 2
-    for i, (entry,) in enumerate(struct.iter_unpack(">Q", store.read(l1, l1_size * 8))):
+    for i, entry in enumerate(used_entries(store, l1, l1_size * 8, ">Q")):
         l2 = entry & OFFSET
         if not l2:
             continue
@@ -78,7 +76,7 @@ def check_qcow2(store: Store) -> Findings:
         copied(entry, l2, f"L1 entry {i}")
         if l2 % cluster:
             found.wrong.append(f"L2 table {i} at {l2:#x}")
-        for j, (entry2,) in enumerate(struct.iter_unpack(">Q", store.read(l2, cluster))):
+        for j, entry2 in enumerate(used_entries(store, l2, cluster, ">Q")):
             what = f"guest cluster {i * (cluster // 8) + j}"
             if entry2 & COMPRESSED:
                 shift = 62 - (bits - 8)
@@ -112,31 +110,31 @@ def refcounts(
     """Host cluster -> refcount, where it is not zero."""
     counts = {}
     per_block = cluster * 8 >> order
-    zeros = bytes(cluster)
-    for i, (offset,) in enumerate(
-        struct.iter_unpack(">Q", store.read(table, table_clusters * cluster))
-    ):
+    for i, offset in enumerate(used_entries(store, table, table_clusters * cluster, ">Q")):
         if not offset or offset >= store.size:
             continue
-        raw = store.read(offset, cluster)
-        if raw == zeros:
-            continue
-        for j, count in enumerate(unpack_counts(raw, order)):
+        for j, count in enumerate(unpack_counts(store.read(offset, cluster).rstrip(b"\0"), order)):
             if count:
                 counts[i * per_block + j] = count
     return counts
 
 
-def unpack_counts(raw: bytes, order: int) -> Iterator[int]:
+def used_entries(store: Store, offset: int, length: int, code: str) -> Sequence[int]:
+    """A table without the zeros at its end, which are most of it."""
+    size = struct.calcsize(code)
+    raw = store.read(offset, length).rstrip(b"\0")
+    count = -(-len(raw) // size)
+    return struct.unpack(f"{code[0]}{count}{code[1]}", raw.ljust(count * size, b"\0"))
+
+
+def unpack_counts(raw: bytes, order: int) -> Sequence[int]:
     if order >= 3:
-        code = "BHIQ"[order - 3]
-        yield from (count for (count,) in struct.iter_unpack(">" + code, raw))
-        return
+        count = -(-len(raw) * 8 >> order)
+        return struct.unpack(f">{count}{'BHIQ'[order - 3]}", raw.ljust(count << order >> 3, b"\0"))
     width = 1 << order
     mask = (1 << width) - 1
-    for byte in raw:
-        for shift in range(0, 8, width):  # the first count is in the lowest bits
-            yield (byte >> shift) & mask
+    # The first count is in the lowest bits.
+    return [(byte >> shift) & mask for byte in raw for shift in range(0, 8, width)]
 
 
 def check_vdi(store: Store) -> Findings:
@@ -189,7 +187,7 @@ def check_vhdx(store: Store, before: int) -> Findings:
     taken = [(0, 1 << 20), (bat, bat_length), metadata, (log, log_length)]
     block, ratio = vhdx_geometry(store, *metadata)
     owner: dict[int, int] = {}
-    for i, (entry,) in enumerate(struct.iter_unpack("<Q", store.read(bat, bat_length))):
+    for i, entry in enumerate(used_entries(store, bat, bat_length, "<Q")):
         state, at = entry & 7, entry >> 20 << 20
         if i % (ratio + 1) == ratio:
             continue  # a sector bitmap: differencing images only

@@ -50,8 +50,9 @@ class Store:
                 file.seek(at)
                 data = file.read(1 << 20)
                 for i in range(0, len(data), CHUNK):
-                    if data[i : i + CHUNK].strip(b"\0"):
-                        store.write(at + i, data[i : i + CHUNK])
+                    chunk = data[i : i + CHUNK]
+                    if chunk != HOLE[: len(chunk)]:
+                        store.write(at + i, chunk)
                 at += len(data)
         store.resize(size)
         return store
@@ -60,8 +61,9 @@ class Store:
     def of(cls, data: bytes) -> Store:
         store = cls(len(data))
         for at in range(0, len(data), CHUNK):
-            if data[at : at + CHUNK].strip(b"\0"):
-                store.write(at, data[at : at + CHUNK])
+            chunk = data[at : at + CHUNK]
+            if chunk != HOLE[: len(chunk)]:
+                store.write(at, chunk)
         return store
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -18,10 +18,10 @@ import pytest
 from tests.crash.cases import CASES, Made, make, run
 from tests.crash.judge import Judge, points, record
 
-POINTS = int(os.environ.get("VIRTMOUNT_CRASH_POINTS", "160"))
+POINTS = int(os.environ.get("VIRTMOUNT_CRASH_POINTS", "60"))
 SEEDS = os.environ.get("VIRTMOUNT_CRASH_SEEDS", "1")
 FOREIGN = 6  # states per image and seed that other programs look at
-AGAIN = 8  # every so many states the recovery is cut as well
+AGAIN = 12  # every so many states the recovery is cut as well
 
 
 def seeds() -> list[int]:
