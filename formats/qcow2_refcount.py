@@ -1,0 +1,528 @@
+"""QCOW2 reference counts: which host clusters are free, and in which order counts are written.
+
+Source: qemu's docs/interop/qcow2.rst, "Host cluster management".  Used by qcow2.py only.
+
+Invariants:
+
+1. A cluster is handed out only where its count is 0, a refcount block for it exists, it is not
+   reserved, and no metadata that was there at open lies in it.
+2. Nothing is cached between two plans: the file holds the truth then, and memory stays bounded by
+   what one plan touches.  While a plan is drafted, `_pages` is what the file will hold after it.
+3. Reserved clusters have count 0.  Their counts become 1 in the plan that maps them.
+4. A count rises before, and falls after, the reference that it stands for; a crash leaks.
+5. A new block counts itself, or is counted by a block that is durable together with it, before
+   the refcount table names it; a larger table is whole before the header names it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from virtmount.errors import Corrupt
+from virtmount.formats.qcow2_header import MAX_REFCOUNT_TABLE, REPAIR
+from virtmount.hostfile import HostFile
+from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Write
+
+SECTOR = 512  # what a disk writes whole; no count or table entry crosses one
+PAGE = 4096  # counts are read in pieces of this size, so that 2 MiB blocks cost no more
+MAX_HOST = 1 << 56  # table entries have 56 bits
+MAX_PAST_END = 64 << 30  # bytes past the file's end in which counted clusters are believed
+SCAN = 64  # pages looked through for free clusters per reservation
+BLOCK = 0xFFFFFFFFFFFFFE00  # bits 9-63 of a refcount table entry
+
+
+def read_table(file: HostFile, offset: int, count: int) -> array[int]:
+    """`count` big-endian 64-bit entries; what lies past the file's end is 0."""
+    table = array("Q", file.pread_padded(offset, count * 8))
+    if sys.byteorder == "little":
+        table.byteswap()
+    return table
+
+
+def table_bytes(entries: array[int]) -> bytes:
+    if sys.byteorder == "little":
+        entries = entries[:]
+        entries.byteswap()
+    return entries.tobytes()
+
+
+def coalesce(sectors: Mapping[int, bytes | bytearray]) -> list[Write]:
+    """Writes for {offset: bytes}, adjacent ones joined."""
+    writes: list[Write] = []
+    parts: list[bytes | bytearray] = []
+    start = end = -1
+    for offset, data in sorted(sectors.items()):
+        if offset != end and parts:
+            writes.append(Write(start, b"".join(parts)))
+            parts = []
+        if not parts:
+            start = offset
+        parts.append(data)
+        end = offset + len(data)
+    if parts:
+        writes.append(Write(start, b"".join(parts)))
+    return writes
+
+
+def runs_of(clusters: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(first, count) of adjacent clusters; `clusters` is sorted."""
+    first = count = 0
+    for cluster in clusters:
+        if count and cluster == first + count:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = cluster, 1
+    if count:
+        yield first, count
+
+
+class Draft:
+    """What one plan is going to do, in the epochs that settle() puts barriers between."""
+
+    def __init__(self) -> None:
+        self.extend = 0  # file size
+        self.wipe: list[tuple[int, int]] = []  # (offset, length) that must read as zeros first
+        self.fresh: dict[int, bytearray] = {}  # sectors of tables that nothing names yet
+        self.tables: set[int] = set()  # their offsets
+        self.mapping: dict[int, bytearray] = {}  # sectors of tables that are in use
+        self.roots: set[int] = set()  # sectors of the L1 table that change with it
+        self.freed: list[int] = []  # guest clusters that lose one reference each
+        self.retired: list[int] = []  # the same for tables
+
+
+class Ranges:
+    """Sorted ranges of bytes that do not overlap."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self._starts, self._ends = array("Q"), array("Q")
+        for offset, length in ranges:
+            self._starts.append(offset)
+            self._ends.append(offset + length)
+        self._gone: set[int] = set()
+
+    def forget(self, offset: int) -> None:
+        """The cluster at `offset` is metadata no longer."""
+        self._gone.add(offset)
+
+    def touch(self, offset: int, cluster_size: int) -> bool:
+        if offset in self._gone:
+            return False
+        i = bisect_right(self._starts, offset + cluster_size - 1) - 1
+        return i >= 0 and self._ends[i] > offset
+
+
+class Refcounts:
+    """The counts of one image that is open for writing, and its free clusters."""
+
+    def __init__(
+        self,
+        file: HostFile,
+        head: bytearray,
+        table: array[int],
+        metadata: Iterable[tuple[int, int]],
+        *,
+        cluster_size: int,
+        order: int,
+        table_offset: int,
+    ) -> None:
+        """`head` is the header's first sector, shared with the driver: the table may move.
+
+        `metadata` are sorted ranges of bytes in use by tables.
+        """
+        self._file, self._head, self._table = file, head, table
+        self._table_offset = table_offset
+        self.cluster_size = cluster_size
+        self._width = 1 << order  # bits
+        self._page_bytes = min(PAGE, cluster_size)
+        self._per_page = self._page_bytes * 8 >> order
+        self._per_block = cluster_size * 8 >> order
+        self._metadata = Ranges(metadata)
+        self.reserved: set[int] = set()
+        self._pages: dict[int, bytearray] = {}  # of the draft; see invariant 2
+        self._dirty: dict[int, tuple[int, int]] = {}  # file offset of a sector -> page, byte in it
+        self._new_blocks: set[int] = set()  # read as zeros until the draft is settled
+        self._entries: set[int] = set()  # of the table, changed in the draft
+        self._moved = False  # the draft moves the table
+        # A device cannot grow: it ends where it ends, and what lies past the last count is stale.
+        self._limit = file.size // cluster_size if file.is_device else None
+        size = -(-file.size // cluster_size)
+        self.opened_end = size if self._limit is None else 0
+        self.end = self._last_used(self.opened_end) + 1  # no cluster from here on is in use
+        if (self.end - size) * cluster_size > MAX_PAST_END:
+            raise Corrupt(
+                file,
+                "refcount blocks",
+                f"cluster {self.end - 1} is counted, the file ends at cluster {size}",
+                hint=f"{REPAIR} {file}",
+            )
+        # page -> free clusters in it, for the pages below _scanned and from _scan_end on.
+        self._free: dict[int, int] = {}
+        self._total = 0
+        self._scanned = 0
+        self._scan_end = -(-self.end // self._per_page)
+
+    # Single counts
+
+    def count(self, cluster: int) -> int:
+        number, index = divmod(cluster, self._per_page)
+        page = self._page(number)
+        if page is None:
+            return 0
+        width = self._width
+        if width < 8:
+            byte, bit = divmod(index * width, 8)
+            return page[byte] >> bit & (1 << width) - 1  # the first count is in the lowest bits
+        at = index * width // 8
+        return int.from_bytes(page[at : at + width // 8], "big")
+
+    def hold(self, cluster: int) -> None:
+        """The cluster is in use from the draft on: its count becomes 1."""
+        self._set(cluster, 1)
+
+    def _set(self, cluster: int, value: int) -> None:
+        number, index = divmod(cluster, self._per_page)
+        page = self._pages.get(number)
+        if page is None:
+            page = self._page(number)
+            assert page is not None, "a cluster in use has a refcount block"
+            self._pages[number] = page
+        width = self._width
+        if width < 8:
+            at, bit = divmod(index * width, 8)
+            page[at] = page[at] & ~((1 << width) - 1 << bit) | value << bit
+        else:
+            at = index * width // 8
+            page[at : at + width // 8] = value.to_bytes(width // 8, "big")
+        at -= at % SECTOR
+        self._dirty[self._page_offset(number) + at] = (number, at)
+
+    def _drop(self, cluster: int) -> bool:
+        """Take one reference away; whether the cluster is free then."""
+        count = self.count(cluster)
+        if not count:
+            return False  # the count was wrong before; a lower one would not mend it
+        self._set(cluster, count - 1)
+        if count > 1:
+            return False
+        self._freed(cluster)
+        return True
+
+    # Pages and blocks
+
+    def _block(self, block: int) -> int:
+        """The offset of a refcount block, 0 where there is none."""
+        return self._table[block] & BLOCK if block < len(self._table) else 0
+
+    def _page_offset(self, number: int) -> int:
+        block, within = divmod(number * self._page_bytes, self.cluster_size)
+        offset = self._block(block)
+        return offset + within if offset else 0
+
+    def _page(self, number: int) -> bytearray | None:
+        """The counts of one page as the draft leaves them, None where no block exists."""
+        page = self._pages.get(number)
+        if page is not None:
+            return page
+        offset = self._page_offset(number)
+        if not offset:
+            return None
+        if number * self._page_bytes // self.cluster_size in self._new_blocks:
+            return bytearray(self._page_bytes)
+        return bytearray(self._file.pread_padded(offset, self._page_bytes))
+
+    def _last_used(self, low: int) -> int:
+        """The highest cluster from `low` on whose count is not 0, or low - 1.  No draft is open."""
+        for block in range(len(self._table) - 1, low // self._per_block - 1, -1):
+            offset = self._block(block)
+            if not offset:
+                continue
+            first = block * self._per_block
+            skip = max(0, low - first) * self._width // 8
+            counts = self._file.pread_padded(offset + skip, self.cluster_size - skip)
+            counts = counts.rstrip(b"\0")
+            if not counts:
+                continue
+            byte = skip + len(counts) - 1
+            if self._width < 8:
+                first += byte * 8 // self._width + (counts[-1].bit_length() - 1) // self._width
+            else:
+                first += byte * 8 // self._width
+            return max(first, low - 1)
+        return low - 1
+
+    # Free clusters
+
+    def allocate(self, draft: Draft, want: int) -> tuple[list[tuple[int, int]], bool]:
+        """At least one and about `want` clusters, as (first, count), and whether they are stale.
+
+        Stale ones are wiped by the draft, the others read as zeros once it has extended the file.
+        Nothing has changed when this raises OSError.
+        """
+        self._scan(SCAN)
+        # A handful of holes is not worth a refill that brings no more than them.
+        if self._total >= max(1, want // 8):
+            return self._take(draft, want), True
+        try:
+            return self._append(draft, want), self._limit is not None
+        except OSError:
+            while not self._total and self._scanned < self._scan_end:
+                self._scan(SCAN)
+            if not self._total:
+                raise
+            return self._take(draft, want), True
+
+    def allocate_all(self, draft: Draft, want: int) -> list[int]:
+        """Exactly `want` clusters, counted as in use."""
+        clusters: list[int] = []
+        while len(clusters) < want:
+            runs, _ = self.allocate(draft, want - len(clusters))
+            for first, count in runs:
+                for cluster in range(first, first + count):
+                    self.hold(cluster)
+                    clusters.append(cluster)
+        return clusters
+
+    def release(self, first: int, count: int) -> None:
+        for cluster in range(first, first + count):
+            self.reserved.remove(cluster)
+            self._freed(cluster)
+
+    def _freed(self, cluster: int) -> None:
+        page = cluster // self._per_page
+        if page < self._scanned or page >= self._scan_end:
+            self._free[page] = self._free.get(page, 0) + 1
+            self._total += 1
+
+    def _scan(self, pages: int) -> None:
+        """Count the free clusters of up to `pages` more pages."""
+        stop = min(self._scanned + pages, self._scan_end)
+        for number in range(self._scanned, stop):
+            free = len(self._free_in(number))
+            if free:
+                self._free[number] = free
+                self._total += free
+        self._scanned = stop
+
+    def _free_in(self, number: int) -> list[int]:
+        first = number * self._per_page
+        last = min(first + self._per_page, self.end)
+        page = self._page(number)
+        free: Iterable[int]
+        if page is None or page.count(0) == len(page):
+            free = range(first, last)
+        elif self._width < 8:
+            width, mask = self._width, (1 << self._width) - 1
+            free = (
+                first + byte * 8 // width + i
+                for byte, counts in enumerate(page[: -(-(last - first) * width // 8)])
+                if counts != 0xFF
+                for i in range(8 // width)
+                if not counts >> i * width & mask
+            )
+        else:
+            counts = array({8: "B", 16: "H", 32: "I", 64: "Q"}[self._width], bytes(page))
+            free = (first + i for i, count in enumerate(counts) if not count)
+        return [cluster for cluster in free if cluster < last and cluster not in self.reserved]
+
+    def _take(self, draft: Draft, want: int) -> list[tuple[int, int]]:
+        """Up to `want` of the clusters that are known to be free, from the emptiest pages."""
+        clusters: list[int] = []
+        failed: OSError | None = None
+        for number in sorted(self._free, key=lambda page: (-min(self._free[page], want), page)):
+            block = number * self._page_bytes // self.cluster_size
+            if not self._block(block):
+                try:
+                    self._grow(draft, 0, frozenset((block,)))
+                except OSError as error:
+                    failed = error
+                    continue
+            found = self._free_in(number)
+            assert len(found) == self._free[number]
+            chosen = found[: want - len(clusters)]
+            for cluster in chosen:
+                self._refuse_metadata(cluster)
+            clusters += chosen
+            self._total -= len(chosen)
+            self._free[number] -= len(chosen)
+            if not self._free[number]:
+                del self._free[number]
+            if len(clusters) == want:
+                break
+        if failed and not clusters:
+            raise failed
+        size = self.cluster_size
+        if self._limit is None and self._file.size < self.end * size:
+            draft.extend = self.end * size  # counted clusters past the file's end
+        runs = list(runs_of(sorted(clusters)))
+        draft.wipe += [(first * size, count * size) for first, count in runs]
+        return runs
+
+    def _refuse_metadata(self, cluster: int) -> None:
+        if self._metadata.touch(cluster * self.cluster_size, self.cluster_size):
+            raise Corrupt(
+                self._file,
+                f"byte {cluster * self.cluster_size}",
+                "a table lies here, but the reference count is 0",
+                hint=f"{REPAIR} {self._file}",
+            )
+
+    # Past the end
+
+    def _append(self, draft: Draft, want: int) -> list[tuple[int, int]]:
+        if self._limit is not None:
+            want = min(want, self._limit - self.end)
+        while want > 1:
+            try:
+                return [(self._grow(draft, want), want)]
+            except OSError:
+                want //= 2
+        return [(self._grow(draft, 1), 1)]
+
+    def _grow(self, draft: Draft, count: int, blocks: frozenset[int] = frozenset()) -> int:
+        """Append `count` clusters and whatever refcount blocks and table they need.
+
+        `blocks` are made too.  Returns the first of the `count`, which are adjacent.  Nothing has
+        changed when this raises OSError.
+        """
+        at, size = self.end, self.cluster_size
+        made: list[int] = []
+        larger = 0  # clusters of a new table
+        # What is appended needs blocks, which are appended: repeat until nothing is missing.
+        while True:
+            total = len(made) + larger + count
+            last = (at + max(total, 1) - 1) // self._per_block
+            needed = range(at // self._per_block, last + 1) if total else range(0)
+            missing = sorted(blocks.union(b for b in needed if not self._block(b)))
+            top = max(missing, default=0)
+            table = self._larger_table(top) if top >= len(self._table) else 0
+            if (missing, table) == (made, larger):
+                break
+            made, larger = missing, table
+        if (at + total) * size > MAX_HOST:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        if self._limit is None:
+            draft.extend = (at + total) * size
+        elif at + total <= self._limit:
+            for cluster in range(at, at + total):
+                self._refuse_metadata(cluster)
+            draft.wipe.append((at * size, total * size))
+        else:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.end += total
+        if larger:
+            self._move_table(draft, (at + len(made)) * size, larger)
+        for i, block in enumerate(made):
+            self._table[block] = (at + i) * size
+            self._entries.add(block)
+            self._new_blocks.add(block)
+        first = at + len(made) + larger
+        for cluster in range(at, first):
+            self.hold(cluster)
+        return first
+
+    def _larger_table(self, block: int) -> int:
+        """Clusters of a table that has room for `block`, and for some more after it."""
+        size = self.cluster_size
+        needed = -(-(block + 1) * 8 // size)
+        most = MAX_REFCOUNT_TABLE // size
+        if needed > most:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return min(most, max(needed, len(self._table) * 8 // size * 3 // 2 + 1))
+
+    def _move_table(self, draft: Draft, offset: int, clusters: int) -> None:
+        size = self.cluster_size
+        old = self._table_offset // size
+        for cluster in range(old, old + len(self._table) * 8 // size):
+            self._metadata.forget(cluster * size)
+            draft.retired.append(cluster)
+        self._table.frombytes(bytes(clusters * size - len(self._table) * 8))
+        self._table_offset = offset
+        self._head[48:60] = offset.to_bytes(8, "big") + clusters.to_bytes(4, "big")
+        self._moved = True
+
+    # The plan
+
+    def settle(self, draft: Draft) -> Plan:
+        """The draft as a plan; it ends with a barrier unless clusters are given back after it."""
+        steps: list[Step] = []
+        if draft.extend:
+            steps.append(Extend(draft.extend))
+        steps += _punches(draft.wipe)
+        counts = self._count_writes()
+        if self._moved:
+            counts.append(Write(self._table_offset, table_bytes(self._table)))
+        writes = counts + coalesce(draft.fresh)
+        if writes or draft.wipe:
+            steps += [*writes, Barrier]
+        if self._moved:
+            steps += [Write(0, bytes(self._head)), Barrier]
+        elif self._entries:
+            steps += [*self._entry_writes(), Barrier]
+        if draft.mapping:
+            steps += [*coalesce(draft.mapping), Barrier]
+        steps += self._give_back(draft)
+        self._pages.clear()
+        self._new_blocks.clear()
+        self._entries.clear()
+        self._moved = False
+        return Plan(*steps)
+
+    def _count_writes(self) -> list[Write]:
+        sectors = {
+            offset: bytes(self._pages[number][at : at + SECTOR])
+            for offset, (number, at) in self._dirty.items()
+        }
+        self._dirty.clear()
+        return coalesce(sectors)
+
+    def _entry_writes(self) -> list[Write]:
+        per_sector = SECTOR // 8
+        sectors = {entry // per_sector for entry in self._entries}
+        return coalesce(
+            {
+                self._table_offset + sector * SECTOR: table_bytes(
+                    self._table[sector * per_sector : (sector + 1) * per_sector]
+                )
+                for sector in sectors
+            }
+        )
+
+    def _give_back(self, draft: Draft) -> Sequence[Step]:
+        """After the barrier that made them unreachable: lower the counts, then punch."""
+        size = self.cluster_size
+        free = []
+        for cluster in draft.retired:
+            self._metadata.forget(cluster * size)
+            if self._drop(cluster):
+                free.append(cluster)
+        for cluster in draft.freed:
+            # A hostile entry may name a table: that is not the guest's to free.
+            if not self._metadata.touch(cluster * size, size) and self._drop(cluster):
+                free.append(cluster)
+        free.sort()
+        holes = [(first * size, count * size) for first, count in runs_of(free)]
+        return [*self._count_writes(), *_punches(holes)]
+
+    def used_end(self) -> int:
+        """The size to which the file may be cut: all that was appended since and is not used.
+
+        What was there at open stays: other writers have left images whose counts are too low.
+        """
+        return (self._last_used(self.opened_end) + 1) * self.cluster_size
+
+
+def _punches(ranges: Iterable[tuple[int, int]]) -> list[Punch]:
+    joined: list[tuple[int, int]] = []
+    for offset, length in sorted(ranges):
+        if joined and sum(joined[-1]) == offset:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        else:
+            joined.append((offset, length))
+    return [Punch(offset, length) for offset, length in joined]
