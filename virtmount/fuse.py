@@ -19,7 +19,9 @@ loop driver makes of the file.
 3. This process never has the loop device open while it serves.  A process that dies closes its
    files; closing a block device writes out what is cached for it, to a server that is gone: it
    would never end.  For the same reason nothing here keeps the served file open.
-4. If this process is killed, the kernel fails all requests, present and future (ENOTCONN, EIO for
+4. A device that is taken away while it is in use: the connection is aborted, in the kernel.  The
+   users see EIO; the requests that are being served end before stop() returns.
+5. If this process is killed, the kernel fails all requests, present and future (ENOTCONN, EIO for
    the users of the loop device).  Nothing hangs; the loop device stays until clear_orphan().
 """
 
@@ -50,7 +52,8 @@ THREADS = 32  # requests that are under way at once; each waits in the engine on
 BACKGROUND = 64  # requests of direct I/O that the kernel sends without waiting for answers
 START_TIMEOUT = 30.0
 END_TIMEOUT = 60.0
-IN_USE_TIMEOUT = 2.0
+IN_USE_TIMEOUT = 2.0  # udev opens a device for a moment whenever somebody closed it
+UNUSED_TIMEOUT = 5.0
 
 PUNCH_HOLE, ZERO_RANGE, KEEP_SIZE = 2, 16, 1  # FALLOC_FL_*
 _MNT_DETACH = 2
@@ -119,12 +122,11 @@ class Fuse(Transport):
         )
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._root = -1
+        self._connection = -1
         self.features = {}
 
     def start(self) -> str:
         library = load_library()
-        self._file.end = library.fuse_exit
         nodes.provide_driver(DEVICE, "fuse", _DEVICE_MINOR)
         major, minor = library.fuse_version_major, library.fuse_version_minor
         try:
@@ -158,13 +160,12 @@ class Fuse(Transport):
                         f"the file system could not be mounted ({self._failure or 'no answer'})",
                         hint=f"modprobe fuse, and see that {DEVICE} is there",
                     )
-                # Wakes the server when it has to end while the file is still open.
-                self._root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 mode = os.O_RDONLY if self._read_only else os.O_RDWR
                 fd = os.open(folder / self._label, mode | os.O_CLOEXEC)
             finally:
                 _unmount(folder)  # ends the server, but for what was opened above
         try:
+            self._connection = os.minor(os.fstat(fd).st_dev)
             return loop.configure(
                 fd,
                 block_size=self._sector_size,
@@ -213,19 +214,28 @@ class Fuse(Transport):
                 failed = error
         if in_use:
             log.warning("%s: taken away while it is in use", self.device)
-        if self._root >= 0:
-            if in_use or not self._file.released.wait(IN_USE_TIMEOUT if self.device else 0):
-                self._file.ending = True
-                with contextlib.suppress(OSError):
-                    os.statvfs(self._root)
-            os.close(self._root)
-            self._root = -1
+        else:
+            thread.join(UNUSED_TIMEOUT)  # the file system ends with its last user
+        if thread.is_alive() and self._connection >= 0:
+            self._abort()
+        # Requests that are being served end before this.
         thread.join(END_TIMEOUT)
         if thread.is_alive():
             raise TimeoutError(errno.ETIMEDOUT, "requests are still under way", self._label)
         self._thread = None
         if failed:
             raise failed
+
+    def _abort(self) -> None:
+        """Have the kernel fail every request, and the server's next one with ENODEV."""
+        with _folder(self._mount_point) as folder:
+            _mount("fusectl", folder)
+            try:
+                (folder / str(self._connection) / "abort").write_text("1")
+            except FileNotFoundError:
+                pass  # it ended just now
+            finally:
+                _unmount(folder)
 
     def wait_gone(self, timeout: float | None = None) -> bool:
         return self._file.released.wait(timeout)
@@ -272,8 +282,6 @@ class File:
         self.answered = threading.Event()  # mounted, or it failed
         self.mounted = False
         self.released = threading.Event()  # nobody has the file open any more
-        self.ending = False
-        self.end: Callable[[], None] = lambda: None
 
     def init_with_config(self, connection: Any, config: Any) -> None:
         connection.max_background = BACKGROUND
@@ -345,9 +353,6 @@ class File:
 
     @_answer
     def statfs(self, path: str) -> dict[str, int]:
-        if self.ending:
-            # The library ends its loops from inside a request only; those under way end first.
-            self.end()
         size = self._cluster_size
         return {"f_bsize": size, "f_frsize": size, "f_blocks": -(-self._served.size // size)}
 
@@ -425,9 +430,21 @@ def _folder(path: Path) -> Iterator[Path]:
         os.rmdir(path)
 
 
+def _mount(kind: str, path: Path) -> None:
+    _call("mount", b"none", os.fsencode(path), kind.encode(), 0, None, file=path)
+
+
 def _unmount(path: Path) -> None:
+    """Detach what is mounted there; nothing may be."""
+    try:
+        _call("umount2", os.fsencode(path), _MNT_DETACH, file=path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):  # not mounted, not there
+            raise
+
+
+def _call(name: str, *arguments: Any, file: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(path), _MNT_DETACH):
+    if getattr(libc, name)(*arguments):
         code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOENT):  # not mounted, not there
-            raise OSError(code, os.strerror(code), str(path))
+        raise OSError(code, os.strerror(code), str(file))

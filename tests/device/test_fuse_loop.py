@@ -266,7 +266,7 @@ def test_two_at_once(serve: Serve) -> None:
 
 def test_the_served_file_is_in_nobodys_way(serve: Serve) -> None:
     device = serve(MemoryDisk(MIB))
-    assert "virtmount" not in mount_points()
+    assert f"{device.disk_name}.fuse" not in mount_points()
     assert (loop.backing_file(device.kernel_name) or "").startswith("/virtmount:test")
     assert device.device not in {os.readlink(f"/proc/self/fd/{fd}") for fd in open_files()}
 
