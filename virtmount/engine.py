@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import enum
+import errno
 import functools
 import importlib
 import os
@@ -236,6 +237,8 @@ class Engine:
         self._io(op, offset, length, self._null, int(flags))
 
     def _io(self, op: Op, offset: int, length: int, data: Any, flags: int) -> None:
+        if not self._engine:
+            check(-errno.ESHUTDOWN)
         check(self._lib.vm_io(self._engine, op, offset, length, data, flags))
 
     def stats(self) -> dict[str, Any]:

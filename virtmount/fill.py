@@ -51,9 +51,9 @@ class Filler:
         """The map entries of the leaf at guest offset `offset`.  OSError: ask again later."""
         entries = array("Q", bytes(8 * self._leaf_units))
         for layer in self._layers:
-            layer.fill(entries, offset, self._leaf_bytes)
-            if 0 not in entries:
+            if layer.number and 0 not in entries:
                 break
+            layer.fill(entries, offset, self._leaf_bytes)
         return entries
 
     def is_metadata(self, host_offset: int, length: int, file: int) -> bool:
@@ -70,7 +70,7 @@ class _Layer:
         sources: list[int],
         complain: Callable[[Exception], None],
     ) -> None:
-        self._image, self._number, self._unit = image, number, unit
+        self._image, self.number, self._unit = image, number, unit
         self._sources, self._complain = sources, complain
         self._cluster = image.cluster_size
         # A flat parent's nominal cluster may be smaller than the unit: it then counts as one.
@@ -90,7 +90,7 @@ class _Layer:
             self._line(entries, 0, units, self._image.flat + offset, 0)
         else:
             self._tables(entries, offset, units)
-        if self._number:
+        if self.number:
             self._all(entries, units, len(entries), ZERO)
 
     def _tables(self, entries: array[int], offset: int, units: int) -> None:
@@ -132,7 +132,7 @@ class _Layer:
                 host = leaf.base + first * self._cluster + skip * self._unit
                 self._line(entries, at, end, host, leaf.data_file)
             elif leaf.kind is Kind.COMPRESSED:
-                self._all(entries, at, end, entry(leaf.kind, self._number))
+                self._all(entries, at, end, entry(leaf.kind, self.number))
             elif leaf.kind is not Kind.ABSENT:
                 known = leaf.kind in (Kind.ZERO, Kind.INVALID)
                 self._all(entries, at, end, entry(leaf.kind) if known else INVALID)
@@ -224,7 +224,7 @@ class _Layer:
 
     def _piece(self, extent: Extent, i: int) -> int:
         if extent.kind is Kind.COMPRESSED:
-            return entry(extent.kind, self._number)
+            return entry(extent.kind, self.number)
         if extent.kind not in (Kind.DATA, Kind.SHARED):
             return entry(extent.kind) if extent.kind is not Kind.PARTIAL else INVALID
         host = extent.host_offset + i * self._unit

@@ -82,6 +82,8 @@ def flat(tmp_path: Path) -> Iterator[Engine]:
         served.faults_wait()
     served.close()
     served.close()
+    with pytest.raises(OSError, match=os.strerror(errno.ESHUTDOWN)):
+        served.read(0, 512)
     os.close(fd)
 
 
