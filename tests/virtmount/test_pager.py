@@ -124,6 +124,58 @@ def test_what_is_written_reads_back_and_is_in_the_file(tmp_path: Path, seed: int
     assert {p: p.read_bytes() for p in parents} == parents
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_writers_that_share_clusters_do_not_disturb_each_other(tmp_path: Path, seed: int) -> None:
+    """Each thread owns a stripe of a few sectors in every cluster, and knows what it holds."""
+    rng = random.Random(2000 + seed)
+    path = make_chain(tmp_path, rng, writable=True)
+    stripe, count = rng.choice([512, 1024, 2560]), 6
+    failures: list[object] = []
+    with Served(path, cache=rng.choice(["writeback", "none", "writethrough"])) as served:
+        engine, size = served.engine, served.disk.size
+        model = bytearray(engine.read(0, size))
+
+        def work(number: int) -> None:
+            mine = random.Random(seed * 100 + number)
+            for _ in range(40):
+                start = mine.randrange(-(-size // (stripe * count))) * stripe * count
+                start += number * stripe
+                length = min(stripe, size - start)
+                if length <= 0:
+                    continue
+                match mine.choice("wwwrrzfs"):
+                    case "w":
+                        data = mine.randbytes(length)
+                        engine.write(start, data)
+                        model[start : start + length] = data
+                    case "r":
+                        if engine.read(start, length) != model[start : start + length]:
+                            failures.append((start, length))
+                    case "z":
+                        engine.io(Op.WRITE_ZEROES, start, length)
+                        model[start : start + length] = bytes(length)
+                    case "f":
+                        engine.io(Op.FLUSH)
+                    case "s":
+                        engine.read(0, size)
+
+        def guarded(number: int) -> None:
+            try:
+                work(number)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=guarded, args=(n,)) for n in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        assert engine.read(0, size) == model
+    with Served(path, writable=False) as served:
+        assert served.engine.read(0, size) == model
+
+
 def test_racing_writers_allocate_each_cluster_once(tmp_path: Path) -> None:
     path = make_toy(tmp_path / "a.toy", 256 * KIB, {}, cluster=16 * KIB, grain=16 * KIB)
     with Served(path) as served:
