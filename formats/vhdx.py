@@ -52,7 +52,7 @@ SURVEY_ENTRIES = 1 << 20  # BAT entries that are looked at one by one before the
 SURVEY_SIZE = 1 << 44  # ... in a file of at most so many bytes
 CHUNK = MIB  # of the BAT, read at once
 MAX_HOST = 1 << 60  # the map's limit
-GROWTH = 16 * MIB  # the file grows by at least so much
+GROWTH = 32 * MIB  # the file is made so much longer than the blocks need
 
 
 class VHDX(Image):
@@ -213,7 +213,7 @@ class VHDX(Image):
         # BAT sectors that the last entry changed: in place, but not known to be durable there.
         self._unsettled: dict[int, bytes] = {}
         self._initial_size = self.file.size
-        self._durable_size = self._initial_size  # once begin() is carried out
+        self._durable_size = self._initial_size  # at most, once the plans are carried out
         self._free: list[int] = []  # host blocks that read as zeros and held data before
         self._stale: list[int] = []  # the same, of unknown contents
         self._end = 0  # nothing is used from here on
@@ -341,30 +341,35 @@ class VHDX(Image):
         if self._stale:
             taken = [self._stale.pop() for _ in range(min(count, len(self._stale)))]
             found = runs(taken, size)
-            return Reservation(
-                found, Plan(*(Punch(r.host_offset, r.count * size) for r in found)), True
-            )
-        start = self._end
+            steps: list[Step] = [Punch(run.host_offset, run.count * size) for run in found]
+            steps += self._lengthen(found[-1].host_offset + found[-1].count * size)
+            return Reservation(found, Plan(*steps), reused=True)
+        start, steps = self._end, []
         # An earlier session that was cut off may have left data behind the last block.
         left_over = max(0, self._initial_size - start)
-        count = max(count, GROWTH // size)
         if left_over:
             count = min(count, -(-left_over // size))
+            steps.append(Punch(start, min(left_over, count * size)))
         end = start + count * size
         if end > MAX_HOST:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        steps: list[Step] = []
-        if left_over:
-            steps.append(Punch(start, min(left_over, count * size)))
-        if end > self._durable_size:
-            if self.file.is_device:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            steps += [Extend(end), Barrier]
-            self._durable_size = end
-            self._unsettled.clear()
-            self._resized = True
+        steps += self._lengthen(end)
         self._end = end
         return Reservation((Run(start, count),), Plan(*steps), reused=left_over > 0)
+
+    def _lengthen(self, end: int) -> list[Step]:
+        """Make the file as long as blocks up to `end` need.
+
+        Longer at once, so that most reservations need no barrier.  If the plan fails, the file is
+        as long as it was: so its length is asked for again, here and for every log entry.
+        """
+        if end <= self.file.size:
+            return []
+        if self.file.is_device:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._resized = True
+        self._durable_size = end + GROWTH
+        return [Extend(end + GROWTH), Barrier]
 
     def commit(self, dirty: Sequence[Dirty]) -> Plan:
         self._finish_begin()
@@ -427,7 +432,7 @@ class VHDX(Image):
     def _is_data(self, host: int) -> bool:
         """Whether a host block lies where only data can lie."""
         end = host + self.cluster_size
-        if end > self._durable_size:
+        if end > self.file.size:
             return False
         return not any(host < region.end and region.offset < end for region in self._taken)
 
@@ -456,10 +461,11 @@ class VHDX(Image):
             if self._unsettled and len(self._unsettled.keys() | part.keys()) > ENTRY_CHANGES:
                 steps.append(Barrier)
                 self._unsettled.clear()
+            length = min(self._durable_size, self.file.size)
             writes, lap = self._log.append(
                 self._unsettled | part,
-                flushed_size=self._durable_size // MIB * MIB,
-                last_size=-(-max(self._end, self._durable_size) // MIB) * MIB,
+                flushed_size=length // MIB * MIB,
+                last_size=-(-length // MIB) * MIB,
             )
             steps += [*writes, Barrier]
             if lap:

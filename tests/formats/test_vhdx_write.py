@@ -9,6 +9,7 @@ import struct
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from unittest.mock import ANY
 from uuid import UUID
 
 import pytest
@@ -429,14 +430,44 @@ def test_new_blocks_go_to_the_end_and_the_length_is_durable_first(tmp_path: Path
     with Session(made.path) as session:
         session.begin()
         reservation = session.image.reserve(2)
-        (run,) = reservation.runs
-        assert run.host_offset == made.end
-        assert run.count >= 2
-        assert list(reservation.plan) == [Extend(made.end + run.count * MIB), Barrier]
+        assert reservation.runs == (Run(made.end, 2),)
+        assert list(reservation.plan) == [Extend(made.end + 2 * MIB + vhdx.GROWTH), Barrier]
         assert not reservation.reused
         session.do(reservation.plan)
-        (after,) = session.image.reserve(1).runs
-        assert after.host_offset == made.end + run.count * MIB
+        # There is room now: no barrier.
+        assert session.image.reserve(1) == ((Run(made.end + 2 * MIB, 1),), ANY, False)
+        reservation = session.image.reserve(vhdx.GROWTH // MIB)
+        end = made.end + 3 * MIB + vhdx.GROWTH
+        assert list(reservation.plan) == [Extend(end + vhdx.GROWTH), Barrier]
+
+
+def test_a_file_that_could_not_be_made_longer_is_not_taken_for_longer(tmp_path: Path) -> None:
+    """Else an entry would say so, and the file would be taken for a truncated one."""
+    made = make(tmp_path / "disk.vhdx", 3000 * MIB, {3: b"x" * MIB})
+    with Session(made.path) as session:
+        session.begin()
+        hosts = session.reserve(1)
+        room = os.stat(made.path).st_size
+        session.do(session.image.commit([Dirty(0, hosts[0])]))
+        reservation = session.image.reserve(40)
+        assert next(iter(reservation.plan)) == Extend(made.end + 41 * MIB + vhdx.GROWTH)
+        # Not carried out: no space.
+        session.image.release(reservation.runs)
+        (entry, *_) = session.do(session.image.discard(3, 1))
+        _, length, _, _, flushed, last = entry_fields(entry)
+        assert flushed == last == room
+        assert length == 2 * 4096
+        # Blocks that are given back past the end of the file make it longer when they are used.
+        session.image.reserve(1)
+        hosts = session.reserve(40)
+        assert max(hosts) + MIB <= os.stat(made.path).st_size
+        assert session.file.pread(max(hosts), MIB) == bytes(MIB)
+        (entry, *_) = session.do(session.image.commit([Dirty(1200, max(hosts), False)]))
+        _, length, _, _, flushed, _ = entry_fields(entry)
+        assert flushed == os.stat(made.path).st_size
+        assert length == 3 * 4096  # the discard's sector is in it: no barrier has been since
+        session.end()
+    check(made.path)
 
 
 def test_what_was_not_used_is_cut_off_at_the_end(tmp_path: Path) -> None:
@@ -484,7 +515,7 @@ def test_what_a_cut_off_session_left_behind_is_cleared_and_used(tmp_path: Path) 
         assert reservation.reused
         punch, *extend = reservation.plan
         assert punch == Punch(made.end, size - made.end)
-        assert extend == [Extend(made.end + MIB), Barrier]
+        assert extend == [Extend(made.end + MIB + vhdx.GROWTH), Barrier]
         session.do(reservation.plan)
         assert session.file.pread(made.end, MIB) == bytes(MIB)
         assert not session.image.reserve(1).reused
