@@ -61,8 +61,8 @@ class Quiet(OSError):
 class Pager:
     """Runs a disk: the engine's loop on one thread, the miss loop on another.
 
-    Owns the disk from start() on.  `device_gone` is set once the ublk device that the engine serves
-    has been stopped and its requests are done.
+    Owns the disk from start() on.  `device_gone` is set once the engine has let go of the ublk
+    device that it served: the device was stopped and its requests are done, or the engine ended.
     """
 
     def __init__(self, disk: Disk) -> None:
@@ -139,8 +139,7 @@ class Pager:
             self.disk.close()
 
     def _finish(self) -> None:
-        if self._failed:
-            raise OSError(self._failed, os.strerror(self._failed), str(self._files[0]))
+        self._refuse_failed()
         self._flush()
         try:
             self._image.release(self.engine.pool_take() + self._lost)
@@ -171,6 +170,9 @@ class Pager:
         except BaseException as error:
             if not isinstance(error, OSError) or error.errno != errno.ESHUTDOWN:
                 self._die(error)
+        finally:
+            self._threads[0].join()  # which closes the device's descriptor
+            self.device_gone.set()
 
     def _die(self, error: BaseException) -> None:
         """No one is left to answer: requests must fail rather than hang."""
@@ -380,6 +382,9 @@ class Pager:
             self.engine.set_failed(-self._failed)
 
     def _refuse_failed(self) -> None:
+        if not self._failed:
+            # Where nothing is dirty the engine syncs without us.
+            self._failed = -self.engine.stats()["failed"]
         if self._failed:
             raise Quiet(self._failed, os.strerror(self._failed), str(self._files[0]))
 
@@ -391,8 +396,10 @@ class Pager:
         where = (frame.tb_frame.f_code.co_filename, frame.tb_lineno) if frame else ()
         place = (type(error), getattr(error, "place", getattr(error, "errno", None)), *where)
         if self._first(*place):
-            known = isinstance(error, VirtmountError)
-            log.error("%s: %s%s", self._files[0], error, "" if known else trail(error))
+            if isinstance(error, VirtmountError):
+                log.error("%s", error)  # names the file itself
+            else:
+                log.error("%s: %s%s", self._files[0], error, trail(error))
 
     def _first(self, *place: Any) -> bool:
         if place in self._places or len(self._places) >= MAX_PLACES:

@@ -696,6 +696,7 @@ def test_when_the_pager_dies_requests_fail_rather_than_hang(
 
         monkeypatch.setattr(served.engine, "fill", fill)
         assert errno_of(lambda: served.engine.read(0, 512)) == errno.ESHUTDOWN
+        assert served.pager.device_gone.wait(10)  # the daemon ends
 
 
 def test_requests_that_wait_when_the_engine_stops_fail(tmp_path: Path) -> None:
