@@ -13,7 +13,7 @@ import pytest
 
 from tests.crash.cases import Made, content_of, run
 from tests.crash.simulate import Cut, Epoch, Log, SimulatedFile, Store
-from tests.crash.workload import History, Mix, Model, Op, Request, requests
+from tests.crash.workload import History, Mix, Model, Op, Request, perform, requests
 from tests.reference import Reference
 from virtmount.image import Kind, extents
 
@@ -62,16 +62,8 @@ def record(made: Made, seed: int) -> Recorded:
 def carry_out(disk: Reference, request: Request, log: Log, history: History) -> None:
     history.issued(len(log.events), request)
     log.mark(str(request))
-    seen = None
-    if request.op is Op.WRITE:
-        disk.pwrite(request.offset, request.data)
-    elif request.op is Op.ZERO:
-        disk.write_zeroes(request.offset, request.length)
-    elif request.op is Op.DISCARD:
-        disk.discard(request.offset, request.length)
-        seen = disk.pread(request.offset, request.length)
-    else:
-        disk.flush()
+    seen = perform(disk, request)
+    if request.op is Op.FLUSH:
         log.mark(f"{request.number}: flushed", flushed=True)
     history.acknowledged(len(log.events), request, seen)
 

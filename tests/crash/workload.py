@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
+from typing import Protocol
 
 from tests.crash.simulate import CHUNK, HOLE, Store
 
 SECTOR = 512
+STRIPE = 16 << 10
 ZEROS = bytes(SECTOR)
 _UNIT = struct.Struct("<4sIQ")  # magic, write, sector
 _MAGIC = b"vmCR"
@@ -46,6 +48,30 @@ def origin(data: bytes, sector: int) -> str:
     return f"write {number}" if place == sector else f"write {number} of SECTOR {place}"
 
 
+class Served(Protocol):
+    """A disk to work on: the reference engine or the real one."""
+
+    def pread(self, offset: int, length: int) -> bytes: ...
+    def pwrite(self, offset: int, data: bytes) -> object: ...
+    def flush(self) -> None: ...
+    def discard(self, offset: int, length: int) -> None: ...
+    def write_zeroes(self, offset: int, length: int) -> None: ...
+
+
+def perform(disk: Served, request: Request) -> bytes | None:
+    """Carry a request out.  After a discard, what is there now."""
+    if request.op is Op.WRITE:
+        disk.pwrite(request.offset, request.data)
+    elif request.op is Op.ZERO:
+        disk.write_zeroes(request.offset, request.length)
+    elif request.op is Op.DISCARD:
+        disk.discard(request.offset, request.length)
+        return disk.pread(request.offset, request.length)
+    else:
+        disk.flush()
+    return None
+
+
 def check_discarded(request: Request, before: bytes, seen: bytes) -> None:
     for i, sector in enumerate(request.sectors):
         now = seen[i * SECTOR : (i + 1) * SECTOR]
@@ -71,6 +97,15 @@ class Request:
         if self.op is Op.FLUSH:
             return f"{self.number}: flush"
         return f"{self.number}: {self.op.value} {self.length} at {self.offset:#x}"
+
+    @classmethod
+    def parse(cls, text: str) -> Request:
+        number, op, offset, length = text.split()
+        return cls(int(number), Op(op), int(offset), int(length))
+
+    @property
+    def text(self) -> str:
+        return f"{self.number} {self.op.value} {self.offset} {self.length}"
 
     @property
     def sectors(self) -> range:
@@ -126,6 +161,27 @@ def requests(
         offset = max(0, min(offset, size - length))
         yield Request(number, op, offset - offset % grain, length)
     yield Request(first + count - 1, Op.FLUSH)
+
+
+def striped(
+    rng: random.Random, size: int, grain: int, count: int, first: int, owner: int, owners: int
+) -> Iterator[Request]:
+    """Writes and flushes that touch only every `owners`th stripe: several threads may run such.
+
+    The stripes are smaller than most clusters, so the threads meet in them.
+    """
+    stripe = max(STRIPE, grain)
+    mine = range(owner, size // stripe, owners)
+    hot = [rng.choice(mine) for _ in range(3)]
+    for number in range(first, first + count):
+        if rng.random() < 0.2:
+            yield Request(number, Op.FLUSH)
+            continue
+        place = rng.choice(hot) if rng.random() < 0.5 else rng.choice(mine)
+        length = rng.randrange(grain, stripe + 1, grain)
+        within = rng.randrange(0, stripe - length + 1, grain)
+        op = Op.WRITE if rng.random() < 0.9 else Op.ZERO
+        yield Request(number, op, place * stripe + within, length)
 
 
 def _length(rng: random.Random, cluster: int, largest: int, op: Op, grain: int) -> int:
@@ -221,6 +277,11 @@ class Model:
     def wrong_now(self, content: Store) -> list[str]:
         """What a read of the whole disk must not have returned."""
         return self._compare(content, self.current, [])
+
+    def wrong_with_failures(self, content: Store) -> list[str]:
+        """The same after requests have failed: each of their sectors may be new or old."""
+        failed = [entry for entry in self._since if entry.request.number not in self._done]
+        return self._compare(content, self.current, failed)
 
     def wrong_after_cut(self, content: Store) -> list[str]:
         """What the disk must not hold after a cut at this moment."""
