@@ -4,9 +4,10 @@ Started by attachment.attach() in a session of its own, with one end of a socket
 descriptor; also the body of `attach --foreground`.  In order:
 
     import everything, open the image and its parents (locked from here on)
-    choose the transport; loop alone ends here, the kernel goes on by itself
+    choose the transport, have its driver loaded
     take a name, protect the process, start the Pager, start the device, make the links
-    report readiness, wait for SIGTERM, SIGINT or the device's end
+    report readiness; loop alone ends here, the kernel goes on by itself
+    wait for SIGTERM, SIGINT or the device's end
     stop the device, remove the links, flush and close the image, remove the record
 
 1. A failure before readiness is undone wholly, and reported with its class, words and errno.
@@ -22,7 +23,6 @@ import contextlib
 import errno
 import json
 import logging
-import logging.handlers
 import os
 import signal
 import socket
@@ -95,7 +95,7 @@ class Session:
         stem = self.disk.image.name.rstrip("0123456789")
         state.claim(self.record, stem, order.name, clear)
         if served:
-            process.protect(kept=(str(state.folder().resolve()),))
+            process.protect()
             threading.stack_size(process.STACK)
         self.transport, self.pager = chosen(self.disk, self.record.name)
         self.record.transport = self.transport.name
@@ -103,7 +103,9 @@ class Session:
         self.record.features = self.transport.features
         self.links = Links(self.record.name, self.record.kernel_name)
         self.links.start()
-        if not served:
+        if served:
+            process.settle((str(state.folder().resolve()),))
+        else:
             self.record.stamp(0)
         self.record.state = state.ATTACHED
         self.record.since = state.now()
@@ -169,68 +171,77 @@ Make = Callable[[Disk, str], Made]  # the disk, and its name in /dev
 
 
 def choose(wish: str, disk: Disk) -> Make:
-    """What makes the transport for this disk, or NoTransport; nothing is created yet."""
+    """What makes the transport for this disk, or NoTransport.
+
+    Everything is imported and the kernel's drivers are loaded; no device is created yet.
+    """
     if wish not in TRANSPORTS:
         raise VirtmountError("--transport", "", f"{wish!r}, know {', '.join(TRANSPORTS)}")
-    if wish == "loop":
-        return make_loop
-    if wish == "ublk":
-        return make_ublk
-    if wish == "fuse":
-        return make_fuse
-    # A flat image needs nobody's help but the kernel's.
-    if loop.unsuitable(disk) is None:
-        return make_loop
-    try:
-        from virtmount.ublk import features
-
-        with features.open_control() as control:
-            features.known(control)
-        return make_ublk
-    except NoTransport as error:
-        log.info("%s; trying FUSE under loop", error)
-        return make_fuse
+    if wish == "auto":
+        # A flat image needs nobody's help but the kernel's.
+        if loop.unsuitable(disk) is None:
+            return make_loop
+        try:
+            return _prepare_ublk()
+        except NoTransport as error:
+            log.info("%s; trying FUSE under loop", error)
+            return _prepare_fuse()
+    return {"loop": lambda: make_loop, "ublk": _prepare_ublk, "fuse": _prepare_fuse}[wish]()
 
 
 def make_loop(disk: Disk, name: str) -> Made:
     return loop.Loop(disk), None
 
 
-def make_fuse(disk: Disk, name: str) -> Made:
-    from virtmount.fuse import EngineDisk, Fuse
+def _prepare_fuse() -> Make:
+    from virtmount.fuse import EngineDisk, Fuse, load_library
 
-    pager = Pager(disk).start()
-    transport = Fuse(
-        EngineDisk(pager.engine),
-        name,
-        sector_size=disk.sector_size,
-        cluster_size=disk.image.cluster_size,
-        read_only=not disk.writable,
-        can_discard=disk.can_discard,
-    )
-    return transport, pager
+    load_library()
+
+    def make_fuse(disk: Disk, name: str) -> Made:
+        pager = Pager(disk).start()
+        transport = Fuse(
+            EngineDisk(pager.engine),
+            name,
+            sector_size=disk.sector_size,
+            cluster_size=disk.image.cluster_size,
+            read_only=not disk.writable,
+            can_discard=disk.can_discard,
+        )
+        return transport, pager
+
+    return make_fuse
 
 
-def make_ublk(disk: Disk, name: str) -> Made:
+def _prepare_ublk() -> Make:
+    from virtmount.ublk import features
     from virtmount.ublk.device import UblkDevice
     from virtmount.ublk.params import Params
 
-    params = Params(
-        size=disk.size,
-        sector_size=disk.sector_size,
-        physical_sector_size=disk.image.physical_sector_size,
-        cluster_size=disk.image.cluster_size,
-        read_only=not disk.writable,
-        volatile_cache=disk.cache != "writethrough",
-        discard=disk.can_discard,
-    )
-    pager = Pager(disk).start()
-    engine = pager.engine
+    with features.open_control() as control:
+        features.known(control)
 
-    def show(kernel_name: str) -> None:
-        nodes.show_partitions(kernel_name, engine.read, disk.size, disk.sector_size, scanned=True)
+    def make_ublk(disk: Disk, name: str) -> Made:
+        params = Params(
+            size=disk.size,
+            sector_size=disk.sector_size,
+            physical_sector_size=disk.image.physical_sector_size,
+            cluster_size=disk.image.cluster_size,
+            read_only=not disk.writable,
+            volatile_cache=disk.cache != "writethrough",
+            discard=disk.can_discard,
+        )
+        pager = Pager(disk).start()
+        engine = pager.engine
 
-    return UblkDevice(params, engine.ublk_serve, pager.device_gone, show=show), pager
+        def show(kernel_name: str) -> None:
+            nodes.show_partitions(
+                kernel_name, engine.read, disk.size, disk.sector_size, scanned=True
+            )
+
+        return UblkDevice(params, engine.ublk_serve, pager.device_gone, show=show), pager
+
+    return make_ublk
 
 
 def run(order: Order, report: Callable[[Record], None], *, stay: bool = False) -> None:
@@ -284,11 +295,19 @@ def _ready(channel: socket.socket, record: Record) -> None:
 
 
 def log_to(path: str) -> None:
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=1)
+    handler = CappedLog(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
+
+
+class CappedLog(logging.FileHandler):
+    """Takes LOG_BYTES and then no more: a disk that fails must not fill /run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.stream and self.stream.tell() < LOG_BYTES:
+            super().emit(record)
 
 
 def receive(channel: socket.socket) -> bytes:

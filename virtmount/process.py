@@ -4,8 +4,9 @@ Memory that it needs must not be found by writing out pages of that disk, its co
 to be read from a file system on it, and no file system on it may be mounted in a mount namespace
 that ends with the process, which would then wait for the unmounting, that is for itself.
 
-Order: open all files, import everything, protect(), then create threads: task flags are
-inherited by threads, mount namespaces and locked memory concern the whole process.
+Order: import everything, open the image, protect(), create threads, start the device, settle(),
+serve.  Task flags and the mount namespace are inherited by threads, so they come before; programs
+and kernel modules are looked up while the device starts, so the mounts are left after.
 """
 
 from __future__ import annotations
@@ -34,20 +35,25 @@ STACK = 256 << 10
 KEPT_MOUNTS = ("/", "/proc", "/sys", "/dev", "/run")
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_own: set[str] = set()  # mount namespaces
 
 
-def protect(*, kept: tuple[str, ...] = ()) -> None:
-    """All measures.  One that this machine refuses (a container's limits) is logged, no more."""
-    for measure in (set_io_flusher, lock_memory, spare_from_oom):
-        _try(measure.__name__, measure)
-    _try("leave_mounts", lambda: leave_mounts(kept))
+def protect() -> None:
+    """What threads must inherit.  What this machine refuses (a container) is logged, no more."""
+    for measure in (set_io_flusher, lock_memory, spare_from_oom, own_mounts):
+        _try(measure)
 
 
-def _try(name: str, measure: Callable[[], None]) -> None:
+def settle(kept: tuple[str, ...] = ()) -> None:
+    """What comes last, once the device is there."""
+    _try(leave_mounts, kept)
+
+
+def _try(measure: Callable[..., None], *arguments: object) -> None:
     try:
-        measure()
+        measure(*arguments)
     except OSError as error:
-        log.warning("%s: %s", name, error.strerror)
+        log.warning("%s: %s", measure.__name__, error.strerror)
 
 
 def set_io_flusher() -> None:
@@ -70,16 +76,24 @@ def spare_from_oom() -> None:
     OOM_SCORE_ADJ.write_text("-1000")
 
 
-def leave_mounts(kept: tuple[str, ...] = ()) -> None:
-    """Take a mount namespace of our own and keep nothing mounted in it but what is needed.
-
-    Private, so that what is mounted outside from now on does not appear here; emptied, so that
-    what was mounted before can be unmounted outside: else our copy would keep its device busy.
-    Open files stay open.
-    """
-    keep = {*KEPT_MOUNTS, *kept}
+def own_mounts() -> None:
+    """Take a mount namespace of our own: what is mounted outside from now on stays out of it."""
+    before = _namespace()
     _check(_libc.unshare(CLONE_NEWNS))
     _check(_libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
+    # Only a namespace that is known to be ours may be emptied.
+    _own.update({_namespace()} - {before})
+
+
+def leave_mounts(kept: tuple[str, ...] = ()) -> None:
+    """Keep nothing mounted in our namespace but what is needed.
+
+    Else our copy of a mount would keep its device busy after it was unmounted outside.  Open
+    files stay open.
+    """
+    if _namespace() not in _own:
+        raise OSError(errno.EPERM, "not in a mount namespace of our own")
+    keep = {*KEPT_MOUNTS, *kept}
     points = [line.split(" ")[4] for line in _mountinfo()]
     for point in reversed(points):
         path = _unescape(point)
@@ -88,6 +102,10 @@ def leave_mounts(kept: tuple[str, ...] = ()) -> None:
         # Gone already, with the mount it was on.
         with contextlib.suppress(OSError):
             _check(_libc.umount2(os.fsencode(path), MNT_DETACH))
+
+
+def _namespace() -> str:
+    return os.readlink("/proc/self/ns/mnt")
 
 
 def _mountinfo() -> list[str]:
