@@ -38,6 +38,12 @@ KIB, MIB = 1 << 10, 1 << 20
 COPIED = 1 << 63
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power fails in these tests: cuts are made up from plans."""
+    monkeypatch.setattr(HostFile, "sync", lambda self: None)
+
+
 class Model:
     """A disk and what it must hold."""
 
@@ -563,6 +569,57 @@ def test_a_crash_leaves_leaks_at_most(tmp_path: Path, bits: int) -> None:
         disk.close()
     assert seen > 100
     assert kinds >= {"Write", "Extend", "Truncate", "Punch", "_Barrier"}
+    check(path)
+
+
+@pytest.mark.parametrize("asked", ["reserve", "commit"])
+@pytest.mark.parametrize("grows", ["block", "table"])
+def test_a_crash_while_blocks_or_the_table_are_added(
+    tmp_path: Path, asked: str, grows: str
+) -> None:
+    path, probe = tmp_path / "disk.qcow2", tmp_path / "probe.qcow2"
+    create(path, 8 * MIB, "cluster_size=512,refcount_bits=64")
+    full = 64 * 64 if grows == "table" else 64 * 20
+    with HostFile(path, writable=True) as file:
+        image = QCOW2(file)
+        execute(image.begin(), image.files)
+        first, _ = reserve(image, 1)
+        while image._counts.end < full:  # up to where the next cluster needs more
+            reserve(image, 1 if full - image._counts.end < 200 else 100)
+        assert image._counts.end == full
+        if asked == "reserve":
+            plan = image.reserve(1).plan
+        else:
+            plan = image.commit([Dirty(5000, first[0])])  # needs an L2 table
+        header = [step for step in plan if isinstance(step, Write) and step.offset == 0]
+        assert bool(header) == (grows == "table")
+        tried = 0
+        for what, content in states(path.read_bytes(), plan):
+            probe.write_bytes(content)
+            said = run("qemu-img", "check", "-f", "qcow2", probe, allowed=(0, 3))
+            assert "ERROR" not in said, what
+            tried += 1
+        assert tried > 5
+        execute(plan, image.files)
+    run("qemu-img", "check", "-f", "qcow2", path)
+
+
+def test_blocks_and_tables_are_whole_where_the_space_was_stale(tmp_path: Path) -> None:
+    """On a device, which cannot grow, everything new lies where something else was."""
+    path = create(tmp_path / "disk.qcow2", 4 * MIB, "cluster_size=512,refcount_bits=64")
+    end = -(-path.stat().st_size // 512) * 512
+    patch(path, end, b"\xee" * (4 * MIB - end))
+    content = bytearray(4 * MIB)
+    with HostFile(path, writable=True) as file:
+        file.is_device = True
+        with Reference([QCOW2(file)]) as disk:
+            model = Model(disk, content)
+            work(model, random.Random(3), 512, 60)
+            model.write(0, b"long" * 512 * KIB)  # past one table
+            model.verify()
+        with pytest.raises(OSError, match="No space left"), Reference([QCOW2(file)]) as disk:
+            disk.pwrite(2 * MIB, b"x" * (2 * MIB))
+    assert path.stat().st_size == 4 * MIB
     check(path)
 
 
