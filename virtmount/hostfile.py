@@ -7,6 +7,7 @@ on the same descriptors.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -27,6 +28,9 @@ _FLOCK = struct.Struct("@hhqqi")
 _GETLK, _SETLK = 36, 37  # F_OFD_GETLK, F_OFD_SETLK (asm-generic/fcntl.h)
 _PUNCH_KEEP = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _ZERO_CHUNK = bytes(1 << 20)
+# Loaded here and not at first use: by then the process may serve the disk that libraries lie on.
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 class _Zeros:
@@ -212,12 +216,7 @@ class HostFile:
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with a mode, which the os module does not offer."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    call = libc.fallocate64 if hasattr(libc, "fallocate64") else libc.fallocate
-    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    if call(fd, mode, offset, length):
+    if _fallocate(fd, mode, offset, length):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
