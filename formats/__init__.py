@@ -20,8 +20,8 @@ TABLE = {
 }
 ALIASES = {"img": "raw"}
 
-# Formats known by name only, so that they are refused by name and never served as raw.
-# (offset, magic, name)
+# Known by name only, so that they are refused by name and never served as raw.
+# (offset, from the end where negative; magic; name)
 FOREIGN = (
     (0, b"KDMV", "VMDK"),
     (0, b"COWD", "VMDK (vmfsSparse)"),
@@ -31,10 +31,29 @@ FOREIGN = (
     (0, b"QED\0", "QED"),
     (0, b"conectix", "VHD"),
     (-512, b"conectix", "VHD"),
+    (-511, b"conectix", "VHD"),  # Virtual PC before 2004 wrote a shorter footer
     (0, b"WithoutFreeSpace", "Parallels"),
     (0, b"WithouFreSpacExt", "Parallels"),
     (-512, b"koly", "DMG"),
+    (0, b"sprs", "Apple sparse image"),
+    (0, b"shdw", "Apple sparse image (ASIF)"),
+    (0, b"Bochs Virtual HD Image", "Bochs"),
+    (0, b"#!/bin/sh\n#V2.0 Format", "cloop"),
+    (0, (0xED26FF3A).to_bytes(4, "little"), "Android sparse"),
+    (0, b"EVF\x09\x0d\x0a\xff\x00", "EWF (E01)"),
+    (0, b"EVF2\x0d\x0a\x81\x00", "EWF (Ex01)"),
+    (0, b"MSWIM\0\0\0", "WIM"),
     (0, b"LUKS\xba\xbe", "LUKS"),
+)
+PACKED = (
+    (0, b"\x1f\x8b\x08", "gzip"),
+    (0, b"\xfd7zXZ\x00", "xz"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd"),
+    (0, b"\x04\x22\x4d\x18", "lz4"),
+    (0, b"7z\xbc\xaf\x27\x1c", "7-Zip"),
+    (0, b"PK\x03\x04", "ZIP"),
+    *((0, b"BZh%d1AY&SY" % level, "bzip2") for level in range(1, 10)),
+    (257, b"ustar", "tar or OVA"),
 )
 HEAD = 65536
 TAIL = 1024
@@ -53,8 +72,8 @@ def load(name: str) -> type[Image]:
 def probe(file: HostFile) -> type[Image]:
     """The driver for an open file, by its content.
 
-    Two sure matches are refused: then somebody wrote one image into another.  A format that is
-    known by name only is refused by name.
+    Two formats that are both sure are refused: then somebody wrote one image into another.  What
+    is known by name only is refused by name.  Raw is what is left.
     """
     size = file.size
     head = file.pread_padded(0, min(HEAD, size))
@@ -63,18 +82,22 @@ def probe(file: HostFile) -> type[Image]:
     for name in TABLE:
         driver = load(name)
         found[driver.probe(head, tail, size)].append(driver)
-    sure = found[Match.SURE]
-    if len(sure) > 1:
-        names = " and ".join(driver.name for driver in sure)
-        raise NotAnImage(file, "", f"looks like {names}", hint="say which with --format")
+    sure = [driver.name for driver in found[Match.SURE]]
     if sure:
-        return sure[0]
-    for offset, magic, name in FOREIGN:
-        at = tail[offset:] if offset < 0 else head[offset:]
-        if at.startswith(magic):
-            raise Unsupported(
-                file, "", f"{name} images are not supported yet", hint="qemu-img convert -O qcow2"
-            )
+        # Only what stands at the very beginning counts against a driver that is sure: the rest of
+        # its file may hold whatever the guest wrote.
+        others = [name for at, magic, name in FOREIGN if at == 0 and head.startswith(magic)]
+        if len(sure) + len(others) > 1:
+            names = " and ".join(sure + others)
+            raise NotAnImage(file, "", f"looks like {names}", hint="say which with --format")
+        return found[Match.SURE][0]
+    for magics, what, hint in (
+        (FOREIGN, "images are not supported yet", "qemu-img convert -O qcow2"),
+        (PACKED, "files have to be unpacked first", None),
+    ):
+        for at, magic, name in magics:
+            if (tail[at:] if at < 0 else head[at:]).startswith(magic):
+                raise Unsupported(file, "", f"{name} {what}", hint=hint)
     if not found[Match.LIKELY]:
-        raise NotAnImage(file, "", "no known format")
+        raise NotAnImage(file, "", "empty" if not size else "no known format")
     return found[Match.LIKELY][0]
