@@ -105,15 +105,8 @@ class Ranges:
         for offset, length in ranges:
             self._starts.append(offset)
             self._ends.append(offset + length)
-        self._gone: set[int] = set()
-
-    def forget(self, offset: int) -> None:
-        """The cluster at `offset` is metadata no longer."""
-        self._gone.add(offset)
 
     def touch(self, offset: int, cluster_size: int) -> bool:
-        if offset in self._gone:
-            return False
         i = bisect_right(self._starts, offset + cluster_size - 1) - 1
         return i >= 0 and self._ends[i] > offset
 
@@ -296,6 +289,8 @@ class Refcounts:
 
     def _freed(self, cluster: int) -> None:
         page = cluster // self._per_page
+        if cluster in self.reserved:
+            return
         if page < self._scanned or page >= self._scan_end:
             self._free[page] = self._free.get(page, 0) + 1
             self._total += 1
@@ -439,9 +434,7 @@ class Refcounts:
     def _move_table(self, draft: Draft, offset: int, clusters: int) -> None:
         size = self.cluster_size
         old = self._table_offset // size
-        for cluster in range(old, old + len(self._table) * 8 // size):
-            self._metadata.forget(cluster * size)
-            draft.retired.append(cluster)
+        draft.retired += range(old, old + len(self._table) * 8 // size)
         self._table.frombytes(bytes(clusters * size - len(self._table) * 8))
         self._table_offset = offset
         self._head[48:60] = offset.to_bytes(8, "big") + clusters.to_bytes(4, "big")
@@ -499,7 +492,10 @@ class Refcounts:
         size = self.cluster_size
         free = []
         for cluster in draft.retired:
-            self._metadata.forget(cluster * size)
+            if self._metadata.touch(cluster * size, size):
+                # Whoever asked for metadata() at open would refuse data there: not before the
+                # next session.
+                self.reserved.add(cluster)
             if self._drop(cluster):
                 free.append(cluster)
         for cluster in draft.freed:
