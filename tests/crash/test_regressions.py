@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.crash.cases import CASES, make
 from tests.crash.simulate import SimulatedFile
 from virtmount.hostfile import execute
+from virtmount.image import Run
 
 CASE = {case.name: case for case in CASES}
 
@@ -19,7 +20,7 @@ def test_qcow2_gives_no_data_a_place_that_was_a_table_at_open(folder: Path) -> N
     asked = list(image.metadata())
     table = file.pread(48, 8)
     execute(image.begin(), image.files)
-    runs = []
+    runs: list[Run] = []
     while len(runs) < 900:
         reservation = image.reserve(1)
         execute(reservation.plan, image.files)
