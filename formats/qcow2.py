@@ -36,6 +36,7 @@ from virtmount.formats.qcow2_refcount import (
     read_table,
     table_bytes,
 )
+from virtmount.formats.zstd import Decompressor, ZstdError
 from virtmount.hostfile import HostFile
 from virtmount.image import (
     Caps,
@@ -88,10 +89,19 @@ class QCOW2(Image):
         # Where a compressed cluster's entry changes from byte offset to sector count.
         self._sectors_shift = 62 - (header.cluster_size.bit_length() - 1 - 8)
         self._l1 = read_table(file, header.l1_offset, header.l1_size)
+        self._zstd = self._load_zstd() if header.compression == "zstd" else None
         self._own_cut_table()
         self._begun = self._failed = False
         if file.writable:
             self._open_for_writing()
+
+    def _load_zstd(self) -> Decompressor:
+        try:
+            return Decompressor()
+        except OSError as error:
+            raise Unsupported(
+                self._file, "header+104", f"zstd compression: {error}", hint="apt install libzstd1"
+            ) from error
 
     def _own_cut_table(self) -> None:
         """A file may end inside its last cluster; where that is an L2 table, the rest is zeros."""
@@ -143,12 +153,14 @@ class QCOW2(Image):
                 f"byte {at}",
                 f"compressed cluster at {start}, the file ends at {self._file.size}",
             )
+        # The sectors named last need not all be there, nor belong to this cluster.
+        raw = self._file.pread_padded(start, length)
         try:
-            # The sectors named last need not all be there, nor belong to this cluster.
-            data = zlib.decompressobj(WINDOW).decompress(
-                self._file.pread_padded(start, length), self.cluster_size
-            )
-        except zlib.error as error:
+            if self._zstd:
+                data = self._zstd.decompress(raw, self.cluster_size)
+            else:
+                data = zlib.decompressobj(WINDOW).decompress(raw, self.cluster_size)
+        except (zlib.error, ZstdError) as error:
             raise Corrupt(
                 self._file, f"byte {start}", f"guest cluster {cluster} does not inflate: {error}"
             ) from error

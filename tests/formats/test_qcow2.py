@@ -300,23 +300,24 @@ def compressible(size: int, seed: int = 3) -> bytes:
 
 
 @pytest.mark.parametrize("cluster", [512, 4 * KIB, 64 * KIB, 2 * MIB])
-@pytest.mark.parametrize("compat", ["0.10", "1.1"])
-def test_reads_compressed_clusters(tmp_path: Path, cluster: int, compat: str) -> None:
+@pytest.mark.parametrize("kind", ["compat=0.10", "compat=1.1", "compression_type=zstd"])
+def test_reads_compressed_clusters(tmp_path: Path, cluster: int, kind: str) -> None:
     size = max(SIZE // 4, 3 * cluster) + 512
     raw, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
     raw.write_bytes(compressible(size))
-    options = f"cluster_size={cluster},compat={compat}"
+    options = f"cluster_size={cluster},{kind}"
     run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path)
     with opened(path) as disk:
         assert any(extent.kind is Kind.COMPRESSED for _, extent in disk.extents(0, size))
         assert disk.pread(0, size) == raw.read_bytes()
 
 
-def compressed_image(tmp_path: Path) -> tuple[Path, int]:
+def compressed_image(tmp_path: Path, kind: str = "zlib") -> tuple[Path, int]:
     """An image whose first cluster is compressed, and where its L2 entry lies."""
     raw, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
     raw.write_bytes(b"A" * (64 * KIB))
-    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, path)
+    options = f"compression_type={kind}"
+    run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path)
     assert content_of(path) == raw.read_bytes()
     return path, l2_offset(path)
 
@@ -350,6 +351,36 @@ def test_a_compressed_cluster_inflates_to_one_cluster_and_no_more(tmp_path: Path
         patch(path, at, damaged)
         with HostFile(path) as file, pytest.raises(Corrupt, match=complaint):
             QCOW2(file).inflate(0)
+
+
+def frame(size: int, content: int) -> bytes:
+    """Of zstd: magic, no window but a content size of 4 bytes, one block that repeats a byte."""
+    header = u32(0x28B52FFD) + b"\xa0" + size.to_bytes(4, "little")
+    return header + ((content << 3) | 2 | 1).to_bytes(3, "little") + b"B"
+
+
+def test_a_zstd_cluster_decompresses_to_one_cluster_and_no_more(tmp_path: Path) -> None:
+    path, entry = compressed_image(tmp_path, "zstd")
+    at = number(path, entry) & (1 << 54) - 1
+    patch(path, at, frame(64 * KIB, 64 * KIB))
+    assert content_of(path) == b"B" * (64 * KIB)
+    for damaged, complaint in (
+        (frame(64 * KIB - 1, 64 * KIB - 1), "unknown|Unknown|frame|inflates to 65535 bytes"),
+        (frame(128 * KIB, 128 * KIB), "the frame does not end after 65536 bytes"),
+        (b"\xff" * 512, "Unknown frame descriptor"),
+        (u32(0x28B52FFD) + b"\x00\xff", "Frame requires too much memory"),
+    ):
+        patch(path, at, damaged.ljust(512, b"\0"))
+        with HostFile(path) as file, pytest.raises(Corrupt, match=complaint):
+            QCOW2(file).inflate(0)
+
+
+def test_zstd_without_its_library_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = compressed_image(tmp_path, "zstd")
+    monkeypatch.setattr("virtmount.formats.zstd.LIBRARY", "libnone.so.1")
+    assert "header+104: zstd compression: libnone.so.1" in refuse(path, Unsupported)
 
 
 def test_a_compressed_cluster_must_begin_inside_the_file(tmp_path: Path) -> None:
