@@ -342,16 +342,20 @@ def complain_usage(verb: str, text: str) -> int:
     return 2
 
 
-def list_(options: argparse.Namespace) -> None:
+def list_(options: argparse.Namespace) -> int:
     from virtmount import state, tables
 
-    chosen = tables.select(_columns(in_bytes=options.bytes), options.output)
+    try:
+        chosen = tables.select(_columns(in_bytes=options.bytes), options.output)
+    except ValueError as error:
+        return complain_usage("list", f"--output: {error}")
     records = state.records()
     if options.json:
         disks = [_public(record) for record in records]
         tables.write_json({"version": JSON_VERSION, "disks": disks}, sys.stdout)
     elif records:
         sys.stdout.write(tables.table(records, chosen, headings=not options.noheadings))
+    return 0
 
 
 def _columns(*, in_bytes: bool = False) -> list[Column[Record]]:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TextIO, TypeVar
 
-from virtmount.errors import VirtmountError
-
 T = TypeVar("T")
 
 
@@ -23,13 +21,13 @@ class Column(Generic[T]):
 
 
 def select(columns: Sequence[Column[T]], names: str) -> list[Column[T]]:
-    """The columns of a list like NAME,SIZE, in its order."""
+    """The columns of a list like NAME,SIZE, in its order; ValueError names an unknown one."""
     known = {column.name: column for column in columns}
     chosen = []
     for name in names.split(","):
         column = known.get(name.strip().upper())
         if column is None:
-            raise VirtmountError("--output", "", f"no column {name!r}, know {','.join(known)}")
+            raise ValueError(f"no column {name!r}, know {','.join(known)}")
         chosen.append(column)
     return chosen
 
