@@ -342,11 +342,7 @@ class QCOW2(Image):
             self._own_tables(draft, tables)
             for index in tables:
                 low = max(first, index * self._l2_entries)
-                high = min(last, (index + 1) * self._l2_entries)
-                while low < high:
-                    end = min(high, _round_up(low + 1, PER_SECTOR))
-                    self._set(draft, low, (target,) * (end - low))
-                    low = end
+                self._clear(draft, low, min(last, (index + 1) * self._l2_entries), target)
             return self._settle(draft)
 
     def end(self) -> Plan:
@@ -371,6 +367,22 @@ class QCOW2(Image):
                 draft.retired.append(old // size)
             l1[i] = new | COPIED
             draft.roots.add(i // PER_SECTOR)
+
+    def _clear(self, draft: Draft, first: int, last: int, target: int) -> None:
+        """Set the L2 entries of guest clusters first … last-1, of one table, to `target`."""
+        index, within = divmod(first, self._l2_entries)
+        table = self._l1[index] & OFFSET
+        old = b""
+        if table not in draft.tables:
+            # Most of a large discard meets what is empty already: compare before taking apart.
+            old = self._file.pread(table + within * ENTRY, (last - first) * ENTRY)
+        start = first
+        while first < last:
+            count = min(last, _round_up(first + 1, PER_SECTOR)) - first
+            at = (first - start) * ENTRY
+            if old[at : at + count * ENTRY] != _ENTRY.pack(target) * count:
+                self._set(draft, first, (target,) * count)
+            first += count
 
     def _set(self, draft: Draft, first: int, entries: tuple[int, ...]) -> None:
         """Replace the L2 entries of guest clusters from `first` on, which lie in one sector."""
