@@ -1,15 +1,15 @@
 """VHDX: dynamic and fixed disks of Hyper-V, read and written.
 
-Source: [MS-VHDX] 20240423.  Images made by Windows (Hyper-V, Disk2vhd) and by qemu-img 7.2 were
-read with it.  Not handled: differencing disks (HasParent), refused at open, and with them sector
-bitmaps and partially present blocks.
+Source: [MS-VHDX] 20240423.  Images made by Windows and by qemu-img 7.2 were read and written with
+it; what Hyper-V says to what we write is not known.  Not handled: differencing disks (HasParent),
+refused at open, and with them sector bitmaps and partially present blocks.
 
 What the specification leaves open, and what we do:
 
 - A block that is not present, undefined or unmapped may read as anything: it reads as zeros.
 - State 5 is reserved; it is what version 0.95 of the specification called unmapped: zeros.
-- BAT entries of sector bitmaps mean nothing without a parent and are not looked at (qemu before
-  8.0 left copies of other entries in them).
+- BAT entries of sector bitmaps mean nothing without a parent and are not looked at (older qemu
+  left copies of other entries in them).
 - A discarded block becomes ZERO, the one state that promises zeros, and with file offset 0: Hyper-V
   does not read ZERO blocks that have one (so qemu's source says).
 
