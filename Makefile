@@ -50,8 +50,11 @@ build: $(VENV)/.run  ## install what is missing and build the C engine
 
 attach: build  ## attach IMAGE (or a sample) and show its partitions
 	@image='$(IMAGE)'; if [ -z "$$image" ]; then $(MAKE) -s $(SAMPLE) && image=$(SAMPLE); fi; \
-	device=$$($(BIN)/virtmount attach "$$image") && echo "$$device" && lsblk "$$(readlink -f $$device)"; \
-	status=$$?; [ $$status -ne 0 ] || echo "detach with: $(BIN)/virtmount detach $$device" >&2; exit $$status
+	name=$$($(BIN)/virtmount list -n -o NAME,IMAGE | while read -r name path; do \
+		[ "$$path" != "$$(realpath -- "$$image")" ] || echo "$$name"; done); \
+	if [ -n "$$name" ]; then device=/dev/$$name; else device=$$($(BIN)/virtmount attach -- "$$image") || exit; fi; \
+	echo "$$device"; lsblk "$$(readlink -f "$$device")"; \
+	echo "detach with: $(BIN)/virtmount detach $$device" >&2
 
 # A dynamic VHDX with a partition table and an ext4 file system, for trying things out.
 $(SAMPLE):
@@ -78,8 +81,11 @@ test-host: $(VENV)/.test  ## everything that runs on this machine's kernel
 
 # Device tests under the oldest and the newest supported kernel.
 test-vm: $(VENV)/.test  ## ublk device tests in virtual machines
-	$(BIN)/python -m tests.vm --kernel oldest --timeout 900 -- $(BIN)/pytest -q -p no:cacheprovider tests/device
-	$(BIN)/python -m tests.vm --kernel newest --timeout 900 -- $(BIN)/pytest -q -p no:cacheprovider tests/device
+	@for kernel in oldest newest; do for try in 1 2; do \
+		$(BIN)/python -m tests.vm --kernel $$kernel --timeout 1200 -- \
+			$(BIN)/python -m pytest -q -p no:cacheprovider tests/device; status=$$?; \
+		[ $$status -eq 125 ] || break; echo "the emulated machine died; once more" >&2; done; \
+	[ $$status -eq 0 ] || exit $$status; done
 
 bench: $(VENV)/.test  ## measure against qemu-nbd and losetup in a virtual machine
 	$(BIN)/python -m benchmarks.compare
