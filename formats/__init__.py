@@ -43,7 +43,6 @@ FOREIGN = (
     (0, b"EVF\x09\x0d\x0a\xff\x00", "EWF (E01)"),
     (0, b"EVF2\x0d\x0a\x81\x00", "EWF (Ex01)"),
     (0, b"MSWIM\0\0\0", "WIM"),
-    (0, b"LUKS\xba\xbe", "LUKS"),
 )
 PACKED = (
     (0, b"\x1f\x8b\x08", "gzip"),

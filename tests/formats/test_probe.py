@@ -167,3 +167,11 @@ def test_names() -> None:
     assert load("img") is load("raw")
     with pytest.raises(Unsupported, match="unknown format 'vmdk', know qcow2, vhdx, vdi, raw"):
         load("vmdk")
+
+
+def test_whole_disk_encryption_is_content_not_a_format(tmp_path: Path) -> None:
+    """A raw disk that dm-crypt will open: attaching it as it is is what its owner wants."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"LUKS\xba\xbe\0\2".ljust(1 << 20, b"\0"))
+    with HostFile(path) as file:
+        assert probe(file).name == "raw"
