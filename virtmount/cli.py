@@ -493,8 +493,9 @@ def map_(options: argparse.Namespace) -> None:
             separator = ",\n"
         sys.stdout.write("]\n" if separator != "[" else "[]\n")
         return
-    print(f"{'START':>16} {'LENGTH':>16} {'OFFSET':>16}  DEPTH KIND")
-    for extent in extents:
+    for number, extent in enumerate(extents):
+        if not number:  # not before: opening the image comes with the first extent, and may fail
+            print(f"{'START':>16} {'LENGTH':>16} {'OFFSET':>16}  DEPTH KIND")
         offset = "-" if extent.offset is None else extent.offset
         kind = _kind(extent)
         print(f"{extent.start:>16} {extent.length:>16} {offset:>16}  {extent.depth:>5} {kind}")
