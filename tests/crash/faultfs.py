@@ -6,9 +6,13 @@
         … use fs.path …
         log = fs.log()
 
-Counted are the changes: write, truncate, fallocate and fsync.  The server is a process of its own,
-so the one that is tested may wait for it anywhere.  All caching is off: each request of the tested
-program arrives as it was made (split where it is larger than FUSE's largest).  A failed sync
+Counted are the changes: write, truncate, fallocate and fsync; reads are counted apart.  `cut()`
+makes every write of more than a byte stop short, as a full disk can.  (Not reads: the kernel loses
+count where a FUSE server answers one with less than there is.)
+
+The server is a process of its own, so the one that is tested may wait for it anywhere.  All caching
+is off: each request of the tested program arrives as it was made (split where it is larger than
+FUSE's largest).  A failed sync
 covers nothing, and no later one covers what that one should have: the kernel may have dropped
 those pages.
 
@@ -47,6 +51,7 @@ from tests.crash.simulate import (
 from virtmount.hostfile import fallocate
 
 CONTROL = "control"
+FUSE_CAP_ASYNC_DIO = 1 << 15
 _KEEP_SIZE, _PUNCH, _ZERO_RANGE = 0x01, 0x02, 0x10
 
 
@@ -68,7 +73,8 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
     def _reset(self, _: dict[str, Any]) -> None:
         self._log = Log(Store.load(self._folder / self._path[1:]))
         self._dropped: set[int] = set()  # changes that a failed sync may have lost
-        self._count = 0
+        self._count = self._reads = 0
+        self._cut = False
         self._fail: dict[str, Any] | None = None
         self._failed: list[str] = []
 
@@ -77,8 +83,11 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
         if what == "reset":
             self._reset(command)
         elif what == "fail":
-            self._fail = {**command, "at": self._count + command["at"]}
+            count = self._reads if "read" in command["only"] else self._count
+            self._fail = {**command, "at": count + command["at"]}
             self._errno = command["errno"]
+        elif what == "cut":
+            self._cut = True
         elif what == "heal":
             self._fail = None
         elif what == "mark":
@@ -90,7 +99,8 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
             raise mfusepy.FuseOSError(errno.EINVAL)
 
     def _status(self) -> bytes:
-        return json.dumps({"count": self._count, "failed": self._failed}).encode()
+        status = {"count": self._count, "reads": self._reads, "failed": self._failed}
+        return json.dumps(status).encode()
 
     # Changes
 
@@ -99,7 +109,7 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
         """Count, perhaps fail, and record one change; None is a sync."""
         with self._lock:
             self._count += 1
-            if self._must_fail(name):
+            if self._must_fail(name, self._count):
                 self._fail_now(name, change)
             yield
             if change is not None:
@@ -107,9 +117,9 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
             else:
                 self._log.events.append(Synced(frozenset(self._dropped)))
 
-    def _must_fail(self, name: str) -> bool:
+    def _must_fail(self, name: str, count: int) -> bool:
         fail = self._fail
-        if fail is None or self._count < fail["at"] or name not in fail["only"]:
+        if fail is None or count < fail["at"] or name not in fail["only"]:
             return False
         if not fail["forever"]:
             self._fail = None
@@ -129,7 +139,9 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
 
     # FUSE
 
-    def init(self, path: str) -> None:
+    def init_with_config(self, connection: Any, config: Any) -> None:
+        # With it the kernel makes EIO of every write that stops short.
+        connection.want &= ~FUSE_CAP_ASYNC_DIO
         self._ready()
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
@@ -157,7 +169,14 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
         if path == f"/{CONTROL}":
             return self._status()[offset : offset + size]
-        return os.pread(fh or self._image, size, offset)
+        if fh:
+            return os.pread(fh, size, offset)
+        with self._lock:
+            self._reads += 1
+            if self._must_fail("read", self._reads):
+                self._failed.append("read")
+                raise mfusepy.FuseOSError(self._errno)
+        return os.pread(self._image, size, offset)
 
     def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
         if path == f"/{CONTROL}":
@@ -165,6 +184,8 @@ class FaultFS(mfusepy.Operations):  # type: ignore[misc]
                 self._command(json.loads(data))
             return len(data)
         self._refuse_others(path)
+        if self._cut:
+            data = data[: max(1, len(data) * 3 // 5)]
         with self._change("write", Wrote(offset, bytes(data))):
             done = os.pwrite(self._image, data, offset)
             assert done == len(data)
@@ -256,6 +277,10 @@ class Mounted:
     def heal(self) -> None:
         self._do("heal")
 
+    def cut(self) -> None:
+        """From now on, until the next reset, no write is carried out wholly."""
+        self._do("cut")
+
     def mark(self, text: str, flushed: bool = False) -> None:
         self._do("mark", text=text, flushed=flushed)
 
@@ -263,6 +288,11 @@ class Mounted:
     def count(self) -> int:
         """Changes since the last reset."""
         return int(self._status()["count"])
+
+    @property
+    def reads(self) -> int:
+        """Reads since the last reset."""
+        return int(self._status()["reads"])
 
     @property
     def failed(self) -> list[str]:

@@ -143,6 +143,28 @@ def test_what_a_failed_sync_should_have_kept_may_be_lost_for_ever(fs: Mounted) -
     assert fs.log().events == [Wrote(0, b"x"), Wrote(1, b"y"), Synced(frozenset({0}))]
 
 
+def test_fails_a_read(fs: Mounted) -> None:
+    with HostFile(fs.path) as file:
+        fs.fail(2, errno.EIO, only=("read",))
+        assert file.pread(0, 3) == b"---"
+        with fails(errno.EIO):
+            file.pread(0, 3)
+        assert file.pread(0, 3) == b"---"
+    assert fs.failed == ["read"]
+    assert fs.reads == 3
+    assert fs.count == 0
+
+
+def test_cuts_writes_short(fs: Mounted) -> None:
+    fs.cut()
+    fd = os.open(fs.path, os.O_RDWR)
+    try:
+        assert os.pwrite(fd, b"12345" * 200, 0) == 600
+    finally:
+        os.close(fd)
+    assert fs.log().events == [Wrote(0, b"12345" * 120)]
+
+
 def test_other_files_are_there_to_read(fs: Mounted) -> None:
     other = fs.path.with_name("other")
     assert other.read_bytes() == b"beside it"

@@ -170,6 +170,8 @@ FAILURES_TRIED = (
     Failure("EIO once", errno.EIO),
     Failure("ENOSPC for ever", errno.ENOSPC, forever=True),
     Failure("sync EIO once", errno.EIO, only=("fsync",)),
+    Failure("read EIO once", errno.EIO, only=("read",)),
+    Failure("EINTR once", errno.EINTR, only=("write", "truncate", "fallocate")),
 )
 
 
@@ -179,7 +181,7 @@ def test_nth_change_fails(place: Place, failure: Failure, folder: Path) -> None:
     """The request gets that errno, the others none; nothing that was acknowledged is lost."""
     made = place.made
     rng = random.Random(f"{made.case.name} {failure}")
-    for at in numbers(rng, most=count_changes(place)):
+    for at in numbers(rng, most=count(place, reads="read" in failure.only)):
         failed = fail_at(place, failure, at, rng, folder)
         if not failed:
             break
@@ -190,12 +192,12 @@ def numbers(rng: random.Random, most: int) -> Iterator[int]:
     yield from range(1, most + 20) if not FAILURES else sorted(rng.sample(range(1, most), FAILURES))
 
 
-def count_changes(place: Place) -> int:
+def count(place: Place, reads: bool) -> int:
     place.fresh()
     with place.open() as disk:
         for lists in failing_rounds(place.made):
             Asked(disk, place.fs).ask_side_by_side(lists)
-    return place.fs.count
+    return place.fs.reads if reads else place.fs.count
 
 
 def failing_rounds(made: Made) -> Iterator[list[list[Request]]]:
@@ -223,6 +225,8 @@ def fail_at(place: Place, failure: Failure, at: int, rng: random.Random, folder:
         for lists in failing_rounds(made):
             asked.ask_side_by_side(lists)
         failed = fs.failed
+        if "read" in failure.only:
+            fs.heal()
         readable = Store.of(disk.pread(0, disk.size))
         stopped = disk.stats()["failed"]
     finally:
@@ -272,6 +276,25 @@ def fail_at(place: Place, failure: Failure, at: int, rng: random.Random, folder:
         judge.place += "\n" + epoch.describe(cut)
         judge.judge(epoch.build(cut), replay.advance(cut.at), rng, again=False)
     return bool(failed)
+
+
+@pytest.mark.parametrize("place", FAILED_NAMES, indirect=True)
+def test_writes_that_stop_short_are_finished(place: Place, folder: Path) -> None:
+    made = place.made
+    place.fresh()
+    place.fs.cut()
+    with place.open() as disk:
+        asked = Asked(disk, place.fs)
+        for lists in failing_rounds(made):
+            asked.ask_side_by_side(lists)
+        now = Store.of(disk.pread(0, disk.size))
+    assert not asked.errors
+    model = asked.history(place.fs.log(), made.content).model
+    assert not model.wrong_now(now)
+    closed = Store.load(place.fs.source)
+    judge = Judge(made, 0, folder)
+    assert not model.wrong_now(judge.read(closed, "reading after the close"))
+    judge.judge(closed, model, random.Random(0), again=False)
 
 
 @pytest.mark.parametrize("place", ["qcow2-parent", "vhdx"], indirect=True)
