@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 import subprocess
+import tempfile
 import uuid
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.reference import Reference
 from virtmount import hostfile
@@ -580,6 +584,51 @@ def test_many_sessions_of_writes_and_discards(tmp_path: Path, seed: int) -> None
         assert path.stat().st_size == 2048 + len(used) * block
         with HostFile(path) as file:
             assert Reference([VDI(file)]).pread(0, count * block) == model
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    changes=st.lists(
+        st.tuples(
+            st.one_of(
+                st.sampled_from([offset for offset, _ in FIELDS.values()]),
+                st.integers(0, 535),  # the header and the map
+            ),
+            st.one_of(
+                st.sampled_from([0, 1, 2, 511, 512, 4096, 1 << 31, (1 << 32) - 2, (1 << 32) - 1]),
+                st.integers(0, (1 << 32) - 1),
+            ),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    cut=st.one_of(st.just(0), st.integers(0, 30000)),
+)
+def test_whatever_is_wrong_is_refused_or_read_inside_the_file(
+    changes: list[tuple[int, int]], cut: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.vdi")
+        make(path, [1, FREE, 0, DISCARDED, 2, FREE], block_size=4096)
+        content = bytearray(path.read_bytes())
+        for offset, value in changes:
+            content[offset : offset + 4] = value.to_bytes(4, "little")
+        path.write_bytes(content[: len(content) - cut])
+        with HostFile(path, writable=True) as file:
+            try:
+                image = VDI(file)
+            except VirtmountError:
+                return
+            disk = Reference([image])
+            # Damaged or not: every block is read, or is an error of its own.
+            for offset in range(0, min(disk.size, 1 << 20), 4096):
+                with contextlib.suppress(OSError):
+                    disk.pread(offset, min(4096, disk.size - offset))
+            disk.pwrite(disk.size - 512, b"w" * 512)
+            disk.close()
+        with HostFile(path) as file:
+            disk = Reference([VDI(file)])
+            assert disk.pread(disk.size - 512, 512) == b"w" * 512
 
 
 def test_runs() -> None:
