@@ -25,6 +25,7 @@ from tests.crash.simulate import Log, Mark, Store
 from tests.crash.test_plans import POINTS, seeds
 from tests.crash.workload import History, Op, Request, perform, requests, striped
 from virtmount import api, hostfile
+from virtmount.engine import IoFlag
 
 FAILURES = int(os.environ.get("VIRTMOUNT_CRASH_FAILURES", "6"))
 THREADS = 3
@@ -48,15 +49,15 @@ class Place:
         self.made.store.save(self.fs.source)
         self.fs.reset()
 
-    def open(self) -> api.OpenDisk:
-        return api.open(self.fs.path, self.made.case.format, writable=True)
+    def open(self, cache: str = "writeback") -> api.OpenDisk:
+        return api.open(self.fs.path, self.made.case.format, writable=True, cache=cache)
 
 
 @pytest.fixture(scope="module")
 def place(request: pytest.FixtureRequest, folder: Path) -> Iterator[Place]:
     (case,) = (case for case in CASES if case.name == request.param)
     source = folder / f"{case.name}-source"
-    source.mkdir()
+    source.mkdir(exist_ok=True)
     made = make(case, source)
     mountpoint = folder / f"{case.name}-mounted"
     with Mounted(source, f"image.{case.format}", mountpoint) as fs:
@@ -66,23 +67,32 @@ def place(request: pytest.FixtureRequest, folder: Path) -> Iterator[Place]:
 class Asked:
     """Marks every request in the log, before it is made and after it was acknowledged."""
 
-    def __init__(self, disk: api.OpenDisk, fs: Mounted) -> None:
-        self._disk, self._fs = disk, fs
+    def __init__(self, disk: api.OpenDisk, fs: Mounted, writethrough: bool = False) -> None:
+        self._disk, self._fs, self._writethrough = disk, fs, writethrough
         self.seen: dict[int, bytes | None] = {}
         self.errors: list[tuple[Request, OSError]] = []
         self._lock = threading.Lock()
 
     def ask(self, asked: Request) -> None:
         self._fs.mark(f"ask {asked.text}")
+        fua = asked.op is Op.WRITE and asked.number % 7 == 0
+        seen = None
         try:
-            seen = perform(self._disk, asked)
+            if fua:
+                self._disk._engine.write(asked.offset, asked.data, IoFlag.FUA)
+            else:
+                seen = perform(self._disk, asked)
         except OSError as error:
             with self._lock:
                 self.errors.append((asked, error))
             return
         with self._lock:
             self.seen[asked.number] = seen
-        self._fs.mark(f"done {asked.text}", flushed=asked.op is Op.FLUSH)
+        durable = fua or self._writethrough
+        self._fs.mark(
+            f"{'kept' if durable else 'done'} {asked.text}",
+            flushed=durable or asked.op is Op.FLUSH,
+        )
 
     def ask_side_by_side(self, lists: Sequence[Sequence[Request]]) -> None:
         def run(mine: Sequence[Request]) -> None:
@@ -104,7 +114,8 @@ class Asked:
                 if what == "ask":
                     history.issued(number, asked)
                 else:
-                    history.acknowledged(number + 1, asked, self.seen[asked.number])
+                    seen = self.seen[asked.number]
+                    history.acknowledged(number + 1, asked, seen, what == "kept")
         return history
 
 
@@ -129,12 +140,28 @@ def test_power_cut_under_the_real_engine(place: Place, seed: int, folder: Path) 
     cut_power(place, seed, folder, POINTS)
 
 
-def cut_power(place: Place, seed: int, folder: Path, most: int) -> None:
+@pytest.mark.parametrize("seed", seeds())
+@pytest.mark.parametrize(
+    ("place", "cache"),
+    [
+        ("qcow2-4k", "none"),
+        ("vhdx", "none"),
+        ("qcow2-parent", "writethrough"),
+        ("vdi", "writethrough"),
+        ("vhdx", "writethrough"),
+    ],
+    indirect=["place"],
+)
+def test_power_cut_in_other_cache_modes(place: Place, cache: str, seed: int, folder: Path) -> None:
+    cut_power(place, seed, folder, POINTS // 2, cache)
+
+
+def cut_power(place: Place, seed: int, folder: Path, most: int, cache: str = "writeback") -> None:
     made = place.made
     place.fresh()
-    rng = random.Random(f"{made.case.name} {seed} real")
-    with place.open() as disk:
-        asked = Asked(disk, place.fs)
+    rng = random.Random(f"{made.case.name} {seed} real {cache}")
+    with place.open(cache) as disk:
+        asked = Asked(disk, place.fs, writethrough=cache == "writethrough")
         for lists in rounds(made, rng):
             asked.ask_side_by_side(lists)
         now = Store.of(disk.pread(0, disk.size))
@@ -328,4 +355,4 @@ def test_the_judge_finds_an_engine_whose_barriers_do_nothing(
 ) -> None:
     monkeypatch.setattr(hostfile, "sync_all", lambda files: None)
     with pytest.raises(pytest.fail.Exception):
-        cut_power(place, 0, folder, 0)
+        cut_power(place, 0, folder, 400)

@@ -237,6 +237,22 @@ def test_model_keeps_a_failed_write_possible_until_something_else_is_flushed() -
         assert model.wrong_after_cut(Store.of(pattern(number, 0)))
 
 
+def test_model_keeps_one_durable_write_and_not_those_before_it() -> None:
+    model = Model(Store(1024))
+    first, second = Request(1, Op.WRITE, 0, 1024), Request(2, Op.WRITE, 0, 512)
+    model.issued(first)
+    model.acknowledged(first)
+    model.issued(second)
+    model.acknowledged(second, durable=True)
+    for rest in (0, 1):
+        assert not model.wrong_after_cut(Store.of(pattern(2, 0) + pattern(rest, 1)))
+        assert model.wrong_after_cut(Store.of(pattern(1, 0) + pattern(rest, 1)))
+    model.issued(Request(3, Op.FLUSH))
+    model.acknowledged(Request(3, Op.FLUSH))
+    assert not model.wrong_after_cut(Store.of(pattern(2, 0) + pattern(1, 1)))
+    assert len(model.wrong_after_cut(Store.of(pattern(1, 0) + pattern(0, 1)))) == 2
+
+
 def test_model_keeps_what_was_in_flight_when_the_flush_was_asked() -> None:
     model = Model(Store(512))
     write, flush = Request(1, Op.WRITE, 0, 512), Request(2, Op.FLUSH)

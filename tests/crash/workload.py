@@ -218,10 +218,14 @@ class Waiting:
         return pattern(self.request.number if self.request.op is Op.WRITE else 0, sector)
 
     def apply(self, store: Store) -> None:
+        newer = [(done.start * SECTOR, len(done) * SECTOR) for done in self.replaced]
+        kept = [(offset, store.read(offset, length)) for offset, length in newer]
         if self.result is not None:
             store.write(self.request.offset, self.result)
         else:
             self.request.apply(store)
+        for offset, data in kept:
+            store.write(offset, data)
 
 
 class Model:
@@ -243,8 +247,10 @@ class Model:
         else:
             self._since.append(Waiting(request))
 
-    def acknowledged(self, request: Request, seen: bytes | None = None) -> None:
-        """The request has succeeded.
+    def acknowledged(
+        self, request: Request, seen: bytes | None = None, durable: bool = False
+    ) -> None:
+        """The request has succeeded, and with `durable` what it changed will last.
 
         A discard may leave any sector as it was: `seen` is what the disk reads there afterwards.
         """
@@ -260,6 +266,8 @@ class Model:
                 waiting.result = seen
         waiting.apply(self.current)
         self._done.add(request.number)
+        if durable:
+            self._flush(frozenset({request.number}))
 
     def _flush(self, covered: frozenset[int]) -> None:
         """A request that is not covered was in flight, or failed: its value stays possible."""
@@ -320,6 +328,7 @@ class Moment:
     request: Request
     done: bool
     seen: bytes | None = None
+    durable: bool = False
 
 
 class History:
@@ -334,9 +343,11 @@ class History:
         self.moments.append(Moment(at, request, False))
         self.model.issued(request)
 
-    def acknowledged(self, at: int, request: Request, seen: bytes | None = None) -> None:
-        self.moments.append(Moment(at, request, True, seen))
-        self.model.acknowledged(request, seen)
+    def acknowledged(
+        self, at: int, request: Request, seen: bytes | None = None, durable: bool = False
+    ) -> None:
+        self.moments.append(Moment(at, request, True, seen, durable))
+        self.model.acknowledged(request, seen, durable)
 
     def replay(self) -> Replay:
         return Replay(self)
@@ -355,7 +366,7 @@ class Replay:
         while self._next < len(self._moments) and self._moments[self._next].at <= at:
             moment = self._moments[self._next]
             if moment.done:
-                self.model.acknowledged(moment.request, moment.seen)
+                self.model.acknowledged(moment.request, moment.seen, moment.durable)
             else:
                 self.model.issued(moment.request)
             self._next += 1
