@@ -48,7 +48,7 @@ from virtmount.transport import Transport
 LIBRARIES = ("libfuse3.so.3", "libfuse3.so.4")
 DEVICE = "/dev/fuse"
 _DEVICE_MINOR = 229  # devices.txt
-THREADS = 32  # requests that are under way at once; each waits in the engine on a thread
+THREADS = 16  # requests that are under way at once: each waits on a thread with 1 MiB of buffer
 BACKGROUND = 64  # requests of direct I/O that the kernel sends without waiting for answers
 START_TIMEOUT = 30.0
 END_TIMEOUT = 60.0

@@ -448,3 +448,31 @@ def test_a_mount_that_a_killed_server_left_is_replaced(serve: Serve, tmp_path: P
     device = serve(MemoryDisk(MIB))
     with Direct(device.device) as opened:
         assert opened.read(0, 512) == bytes(512)
+
+
+WITHOUT_FUSE = """
+import sys
+from tests.device.memory import MemoryDisk
+from virtmount.errors import NoTransport
+from virtmount.fuse import Fuse
+
+try:
+    Fuse(MemoryDisk(1 << 20), sys.argv[1]).start()
+except NoTransport as error:
+    print(error.text, error.hint)
+"""
+
+
+def test_a_kernel_without_fuse_is_refused_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIRTMOUNT_RUN", str(tmp_path))
+    hide = 'mount --bind /dev/null /dev/fuse && exec "$@"'
+    done = run(
+        *("unshare", "--mount", "sh", "-c", hide, "sh"),
+        *(sys.executable, "-c", WITHOUT_FUSE, f"hidden{os.getpid()}"),
+        cwd=ROOT,
+    )
+    assert "could not be mounted" in done.stdout
+    assert "modprobe fuse" in done.stdout
+    assert list(tmp_path.iterdir()) == []

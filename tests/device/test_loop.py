@@ -157,6 +157,40 @@ def test_partitions_and_4096_byte_sectors(serve: Serve, tmp_path: Path) -> None:
     assert nodes.partitions(device.kernel_name) == []
 
 
+def test_partitions_are_added_where_the_kernel_reads_no_tables(tmp_path: Path) -> None:
+    image = create(tmp_path / "a.img", "raw", 32 * MIB)
+    script = "label: dos\nsize=4M\nsize=20M, type=5\nsize=1M\nsize=1M\nsize=2M\nsize=3M\n"
+    run("sfdisk", "-q", image, input=script)
+    data = image.read_bytes()
+    # Without --partscan the kernel does not look.
+    device = run("losetup", "--find", "--show", image).strip()
+    name = os.path.basename(device)
+    try:
+        assert nodes.partitions(name) == []
+        found = nodes.show_partitions(
+            name, lambda at, n: data[at : at + n], len(data), 512, scanned=True
+        )
+        sizes = [(node.number, node.size) for node in found]
+        assert sizes == [
+            (1, 4 * MIB),
+            (2, 1024),  # the extended one: its logical partitions lie in it
+            (3, MIB),
+            (4, MIB),
+            (5, 2 * MIB),
+            (6, 3 * MIB),
+        ]
+        logical = found[4]
+        with open(logical.path, "rb") as file:
+            assert file.read(512) == data[logical.start : logical.start + 512]
+        again = nodes.show_partitions(
+            name, lambda at, n: data[at : at + n], len(data), 512, scanned=True
+        )
+        assert again == found
+    finally:
+        run("partx", "--delete", device)
+        run("losetup", "--detach", device)
+
+
 def test_direct(serve: Serve, tmp_path: Path) -> None:
     image = create(tmp_path / "a.img", "raw", MIB)
     device = serve(image, cache="none")
