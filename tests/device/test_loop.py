@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -189,6 +191,40 @@ def test_partitions_are_added_where_the_kernel_reads_no_tables(tmp_path: Path) -
     finally:
         run("partx", "--delete", device)
         run("losetup", "--detach", device)
+
+
+BARE = """
+import json, os, sys
+from virtmount import nodes
+from virtmount.chain import open_chain
+from virtmount.disk import Disk
+from virtmount.loop import Loop
+
+assert os.listdir("/dev") == []
+device = Loop(Disk(open_chain(sys.argv[1], writable=True)))
+device.start()
+links = nodes.make_links("bare0", device.kernel_name)
+with open(links[2], "rb") as file:
+    assert len(file.read(512)) == 512
+print(json.dumps(os.listdir("/dev")))
+device.stop()
+nodes.remove_links("bare0", device.kernel_name)
+print(json.dumps(os.listdir("/dev")))
+"""
+
+
+def test_nodes_are_made_where_nobody_else_makes_them(tmp_path: Path) -> None:
+    """A container: /dev is an empty tmpfs, and there is no udev."""
+    image = create(tmp_path / "a.img", "raw", 16 * MIB)
+    run("sfdisk", "-q", image, input="label: gpt\nsize=1M\nsize=2M\n")
+    bare = 'mount -t tmpfs none /dev && mount -t tmpfs none /run && exec "$@"'
+    command = ("unshare", "--mount", "sh", "-c", bare, "sh", sys.executable, "-c", BARE, image)
+    shown, left = map(json.loads, run(*command, cwd=ROOT).splitlines())
+    disk = next(name for name in shown if re.fullmatch(r"loop\d+", name))
+    ours = {"bare0", "bare0p1", "bare0p2"}
+    assert set(shown) == ours | {"loop-control", disk, f"{disk}p1", f"{disk}p2"}
+    # The loop device itself is still there.
+    assert set(left) == {"loop-control", disk}
 
 
 def test_direct(serve: Serve, tmp_path: Path) -> None:
