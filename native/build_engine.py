@@ -1,4 +1,4 @@
-"""Builds virtmount._engine from native/*.c; engine.h is the only declaration (between the CDEF marks)."""
+"""Builds virtmount._engine from native/*.c; engine.h is its only declaration (the CDEF part)."""
 
 import re
 from pathlib import Path

@@ -299,9 +299,7 @@ def extents(image: Image, start: int, length: int) -> Iterator[Extent]:
         first += count
 
 
-def leaf_extents(
-    image: Image, leaf: Leaf, first: int, within: int, count: int
-) -> Iterator[Extent]:
+def leaf_extents(image: Image, leaf: Leaf, first: int, within: int, count: int) -> Iterator[Extent]:
     """Extents of `count` clusters from guest cluster `first`, entry `within` of `leaf`."""
     size = image.cluster_size
     if leaf.table is None:
