@@ -1,17 +1,17 @@
 """What can go wrong, one class per thing that a caller would do differently.
 
-    VirtmountError                  exit 1   anything below; never raised itself
-    ├── NotAnImage                  exit 3   the bytes are not an image of the asked or any known format
-    │   └── Corrupt                 exit 8   it is one, but a field contradicts the file or another field
-    ├── Denied                      exit 4   more privilege is needed
-    ├── Busy                        exit 5   another program, mount or attach holds the image or the device
-    ├── Unsupported                 exit 6   a feature that this version does not know
-    ├── NoTransport                 exit 7   this kernel cannot serve the disk; the hint says what is missing
-    ├── NeedsRecovery               exit 8   a log or dirty flag must be dealt with before writing
-    ├── ParentMissing               exit 9   the image is based on a file that is not there or not the same
-    └── NotAttached                 exit 10  no attached disk of that name
+    VirtmountError            exit 1   anything below; never raised itself
+    ├── NotAnImage            exit 3   no image of the asked format, or of any
+    │   └── Corrupt           exit 8   a field contradicts the file or another field
+    ├── Denied                exit 4   more privilege is needed
+    ├── Busy                  exit 5   somebody else holds the image or the device
+    ├── Unsupported           exit 6   a feature that this version does not know
+    ├── NoTransport           exit 7   this kernel cannot serve the disk; the hint says why
+    ├── NeedsRecovery         exit 8   a log or dirty flag must be dealt with before writing
+    ├── ParentMissing         exit 9   the file that the image is based on is not there, or changed
+    └── NotAttached           exit 10  no attached disk of that name
 
-Host errors stay OSError with their errno, all the way to the request.  Usage errors exit 2 (argparse).
+Host errors stay OSError with their errno, all the way to the request.  Usage errors exit 2.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class Dirty(NamedTuple):
 
 
 class Reservation(NamedTuple):
-    """Host clusters that read as zeros once `plan` is executed; `reused` if they held data before."""
+    """Host clusters that read as zeros after `plan`; `reused` if they held data before."""
 
     runs: tuple[Run, ...]
     plan: Plan
@@ -204,7 +204,7 @@ class Image(ABC):
         return self.cluster_size
 
     def inflate(self, cluster: int) -> bytes:
-        """The `cluster_size` guest bytes of a COMPRESSED cluster.  Bounded output.  Corrupt or OSError."""
+        """The `cluster_size` bytes of a COMPRESSED cluster, never more.  Corrupt or OSError."""
         raise NotImplementedError
 
     def details(self) -> dict[str, Any]:
@@ -223,7 +223,7 @@ class Image(ABC):
     # the image is never written again and no further writing call comes.
 
     def begin(self) -> Plan:
-        """Before the first write of this session: dirty flags, write GUIDs, unknown autoclear bits."""
+        """Before the session's first write: dirty flags, write GUIDs, unknown autoclear bits."""
         return Plan()
 
     def reserve(self, count: int) -> Reservation:
@@ -254,7 +254,7 @@ class Image(ABC):
         """
         raise Unsupported(self.files[0], "", f"{self.name}: discard")
 
-    def release(self, runs: Sequence[Run]) -> None:
+    def release(self, runs: Sequence[Run]) -> None:  # noqa: B027, nothing to do for most
         """Reserved clusters that were not used come back; their contents are unknown."""
 
     def end(self) -> Plan:
