@@ -5,31 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.crash.cases import CASES, make
-from tests.crash.simulate import SimulatedFile
-from virtmount.hostfile import execute
-from virtmount.image import Run
+from tests.crash.judge import carry_out, live
+from tests.crash.simulate import Log, SimulatedFile
+from tests.crash.workload import History, Op, Request
+from virtmount.image import Kind, extents
 
 CASE = {case.name: case for case in CASES}
 
 
 def test_qcow2_gives_no_data_a_place_that_was_a_table_at_open(folder: Path) -> None:
     """The engine asks for metadata() once, and then refuses data there for the whole session."""
-    made = make(CASE["qcow2-512-rc64"], folder)
+    case = CASE["qcow2-512-rc64"]
+    made = make(case, folder)
     file = SimulatedFile(made.store.copy())
-    (image,) = made.images(file)
-    asked = list(image.metadata())
     table = file.pread(48, 8)
-    execute(image.begin(), image.files)
-    runs: list[Run] = []
-    while len(runs) < 900:
-        reservation = image.reserve(1)
-        execute(reservation.plan, image.files)
-        runs += reservation.runs
-    assert file.pread(48, 8) != table, "the refcount table has not moved"
-    for run in runs:
-        end = run.host_offset + run.count * image.cluster_size
-        assert not any(run.host_offset < at + length and at < end for at, length in asked), run
-    # The next session may use it.
-    image.release(runs)
-    execute(image.end(), image.files)
+    history = History(made.content)
+    log = Log(made.store)
+    with made.open(file) as disk:
+        asked = list(disk.top.metadata())
+        for number in range(1, 1000):
+            carry_out(disk, Request(number, Op.WRITE, case.size - 512 * number, 512), log, history)
+            if number % 50 == 0:
+                carry_out(disk, Request(10_000 + number, Op.FLUSH), log, history)
+        assert file.pread(48, 8) != table, "the refcount table has not moved"
+        assert not history.model.wrong_now(live(disk))
+        for extent in extents(disk.top, 0, disk.size):
+            low, high = extent.host_offset, extent.host_offset + extent.length
+            if extent.kind is Kind.DATA:
+                assert not any(low < at + length and at < high for at, length in asked), extent
     assert not made.check(file.store, made.store).leaked
