@@ -302,12 +302,11 @@ class QCOW2(Image):
     def reserve(self, count: int) -> Reservation:
         with self._drafting() as draft:
             try:
-                runs, reused = self._counts.allocate(draft, max(1, count))
+                spare = min(len(self._counts.reserved) + count, self._l1.count(0))
+                runs, reused = self._counts.reserve(draft, max(1, count), spare)
             except OSError:
                 self._failed = False  # nothing has changed
                 raise
-            for first, length in runs:
-                self._counts.reserved.update(range(first, first + length))
             plan = self._counts.settle(draft)
         size = self.cluster_size
         return Reservation(tuple(Run(first * size, length) for first, length in runs), plan, reused)
@@ -321,10 +320,11 @@ class QCOW2(Image):
             return Plan()
         with self._drafting() as draft:
             self._own_tables(draft, {new.cluster // self._l2_entries for new in dirty})
+            hosts = [new.host_offset // self.cluster_size for new in dirty]
+            if not self._counts.reserved.issuperset(hosts):
+                raise ValueError("a cluster that was not reserved")
+            self._counts.use(draft, hosts)
             for new in dirty:
-                host = new.host_offset // self.cluster_size
-                self._counts.reserved.remove(host)
-                self._counts.hold(host)
                 self._set(draft, new.cluster, (new.host_offset | COPIED,))
             return self._settle(draft)
 
@@ -357,7 +357,7 @@ class QCOW2(Image):
         l1, size = self._l1, self.cluster_size
         # An entry of 0 is not COPIED either.
         wanted = sorted(i for i in indexes if not (l1[i] & COPIED and l1[i] & OFFSET))
-        for i, cluster in zip(wanted, self._counts.allocate_all(draft, len(wanted)), strict=True):
+        for i, cluster in zip(wanted, self._counts.allocate(draft, len(wanted)), strict=True):
             new, old = cluster * size, l1[i] & OFFSET
             draft.tables.add(new)
             if old:

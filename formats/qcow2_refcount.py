@@ -4,14 +4,16 @@ Source: qemu's docs/interop/qcow2.rst, "Host cluster management".  Used by qcow2
 
 Invariants:
 
-1. A cluster is handed out only where its count is 0, a refcount block for it exists, it is not
-   reserved, and no metadata that was there at open lies in it.
+1. A cluster is handed out only where its count is 0, it is not reserved, and no metadata that was
+   there at open lies in it.
 2. Nothing is cached between two plans: the file holds the truth then, and memory stays bounded by
    what one plan touches.  While a plan is drafted, `_pages` is what the file will hold after it.
-3. Reserved clusters have count 0.  Their counts become 1 in the plan that maps them.
+3. A reservation changes nothing in the file but its length, and wipes what is free: its plan may
+   fail, then release() makes it undone.  Reserved clusters have count 0; counts, and the refcount
+   blocks for them, are written by the plan that maps the clusters.
 4. A count rises before, and falls after, the reference that it stands for; a crash leaks.
-5. A new block counts itself, or is counted by a block that is durable together with it, before
-   the refcount table names it; a larger table is whole before the header names it.
+5. A new block is durable, and with it the count of its own cluster, before the refcount table
+   names it; a larger table is whole before the header names it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import os
 import sys
 from array import array
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from virtmount.errors import Corrupt
@@ -143,11 +146,11 @@ class Refcounts:
         self._new_blocks: set[int] = set()  # read as zeros until the draft is settled
         self._entries: set[int] = set()  # of the table, changed in the draft
         self._moved = False  # the draft moves the table
-        # A device cannot grow: it ends where it ends, and what lies past the last count is stale.
-        self._limit = file.size // cluster_size if file.is_device else None
+        # The first cluster past all others.  A device cannot grow: nothing lies past its end.
         size = -(-file.size // cluster_size)
-        self.opened_end = size if self._limit is None else 0
-        self.end = self._last_used(self.opened_end) + 1  # no cluster from here on is in use
+        self._device = file.is_device
+        self.opened_end = size
+        self.end = file.size // cluster_size if self._device else self._last_used(size) + 1
         if (self.end - size) * cluster_size > MAX_PAST_END:
             raise Corrupt(
                 file,
@@ -155,6 +158,14 @@ class Refcounts:
                 f"cluster {self.end - 1} is counted, the file ends at cluster {size}",
                 hint=f"{REPAIR} {file}",
             )
+        # What a table of the largest size can count, less the table and all the blocks themselves.
+        most = MAX_REFCOUNT_TABLE // 8
+        self._most = min(
+            most * self._per_block - most - MAX_REFCOUNT_TABLE // cluster_size,
+            MAX_HOST // cluster_size,
+        )
+        # Reserved for tables, so that they need not lie behind what is reserved for data.
+        self._stock: deque[int] = deque()
         # page -> free clusters in it, for the pages below _scanned and from _scan_end on.
         self._free: dict[int, int] = {}
         self._total = 0
@@ -175,9 +186,18 @@ class Refcounts:
         at = index * width // 8
         return int.from_bytes(page[at : at + width // 8], "big")
 
-    def hold(self, cluster: int) -> None:
-        """The cluster is in use from the draft on: its count becomes 1."""
-        self._set(cluster, 1)
+    def use(self, draft: Draft, clusters: Sequence[int]) -> None:
+        """The clusters are in use from the draft on: their counts become 1."""
+        missing = {
+            block
+            for block in {cluster // self._per_block for cluster in clusters}
+            if not self._block(block)
+        }
+        if missing:
+            self._make_blocks(draft, missing)
+        for cluster in clusters:
+            self._set(cluster, 1)
+        self.reserved.difference_update(clusters)
 
     def _set(self, cluster: int, value: int) -> None:
         number, index = divmod(cluster, self._per_page)
@@ -252,40 +272,90 @@ class Refcounts:
 
     # Free clusters
 
-    def allocate(self, draft: Draft, want: int) -> tuple[list[tuple[int, int]], bool]:
+    def reserve(self, draft: Draft, want: int, spare: int) -> tuple[list[tuple[int, int]], bool]:
         """At least one and about `want` clusters, as (first, count), and whether they are stale.
 
         Stale ones are wiped by the draft, the others read as zeros once it has extended the file.
-        Nothing has changed when this raises OSError.
+        `spare` clusters at least are left over for tables.  Nothing has changed when this raises
+        OSError.
         """
-        self._scan(SCAN)
-        # A handful of holes is not worth a refill that brings no more than them.
-        if self._total >= max(1, want // 8):
-            return self._take(draft, want), True
-        try:
-            return self._append(draft, want), self._limit is not None
-        except OSError:
-            while not self._total and self._scanned < self._scan_end:
+        if self._device:
+            blocks = self.end // self._per_block + 1
+            spare += blocks + self._table_clusters(blocks)
+            while self._total < want + spare and self._scanned < self._scan_end:
                 self._scan(SCAN)
-            if not self._total:
-                raise
-            return self._take(draft, want), True
-
-    def allocate_all(self, draft: Draft, want: int) -> list[int]:
-        """Exactly `want` clusters, counted as in use."""
-        clusters: list[int] = []
-        while len(clusters) < want:
-            runs, _ = self.allocate(draft, want - len(clusters))
-            for first, count in runs:
-                for cluster in range(first, first + count):
-                    self.hold(cluster)
-                    clusters.append(cluster)
-        return clusters
+            if self._total <= spare:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            runs, stale = self._take(draft, min(want, self._total - spare)), True
+        else:
+            self._scan(SCAN)
+            # A handful of holes is not worth a refill that brings no more than them.
+            stale = self._total >= max(1, want // 8)
+            runs = self._take(draft, want) if stale else self._append_data(draft, want, spare)
+        return runs, stale
 
     def release(self, first: int, count: int) -> None:
+        """Reserved clusters come back.  The plan that reserved them may have failed."""
         for cluster in range(first, first + count):
             self.reserved.remove(cluster)
-            self._freed(cluster)
+        there = -(-self._file.size // self.cluster_size)
+        if first + count < self.end or first < there:
+            for cluster in range(first, first + count):
+                self._freed(cluster)
+            return
+        # The file did not grow: ask for less the next time.
+        self.end = first
+        while self._stock and self._stock[-1] == self.end - 1 >= there:
+            self.reserved.remove(self._stock.pop())
+            self.end -= 1
+
+    def allocate(self, draft: Draft, want: int) -> list[int]:
+        """Exactly `want` clusters for tables that the draft writes; they read as zeros."""
+        clusters = [self._one(draft) for _ in range(want)]
+        self.use(draft, clusters)
+        return clusters
+
+    def _one(self, draft: Draft) -> int:
+        if self._stock:
+            self._reach(draft)
+            return self._stock.popleft()
+        while not self._total and self._scanned < self._scan_end:
+            self._scan(SCAN)
+            if not self._device:
+                break
+        if self._total:
+            return self._take(draft, 1)[0][0]
+        return self._append(draft, 1)
+
+    def _append_data(self, draft: Draft, want: int, spare: int) -> list[tuple[int, int]]:
+        # As many tables and blocks as `want` clusters in a row need.
+        stock = 2 + want * 8 // self.cluster_size + want // self._per_block - len(self._stock)
+        stock = max(stock, 0)
+        want = min(want, self._most - self.end - stock - spare)
+        if want < 1:
+            if not self._total:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+            return self._take(draft, 1)
+        if stock:
+            first = self._append(draft, stock)
+            self._stock.extend(range(first, first + stock))
+        return [(self._append(draft, want), want)]
+
+    def _append(self, draft: Draft, count: int) -> int:
+        """The first of `count` adjacent clusters that were not there before."""
+        first = self.end
+        if self._device or (first + count) * self.cluster_size > MAX_HOST:
+            code = errno.ENOSPC if self._device else errno.EFBIG
+            raise OSError(code, os.strerror(code))
+        self.end += count
+        self.reserved.update(range(first, self.end))
+        self._reach(draft)
+        return first
+
+    def _reach(self, draft: Draft) -> None:
+        """The draft uses clusters that may lie past the file's end."""
+        if not self._device and self._file.size < self.end * self.cluster_size:
+            draft.extend = self.end * self.cluster_size
 
     def _freed(self, cluster: int) -> None:
         page = cluster // self._per_page
@@ -329,35 +399,47 @@ class Refcounts:
     def _take(self, draft: Draft, want: int) -> list[tuple[int, int]]:
         """Up to `want` of the clusters that are known to be free, from the emptiest pages."""
         clusters: list[int] = []
-        failed: OSError | None = None
         for number in sorted(self._free, key=lambda page: (-min(self._free[page], want), page)):
-            block = number * self._page_bytes // self.cluster_size
-            if not self._block(block):
-                try:
-                    self._grow(draft, 0, frozenset((block,)))
-                except OSError as error:
-                    failed = error
-                    continue
             found = self._free_in(number)
             assert len(found) == self._free[number]
-            chosen = found[: want - len(clusters)]
-            for cluster in chosen:
-                self._refuse_metadata(cluster)
-            clusters += chosen
-            self._total -= len(chosen)
-            self._free[number] -= len(chosen)
-            if not self._free[number]:
-                del self._free[number]
+            clusters += self._chosen(number, found[: want - len(clusters)])
             if len(clusters) == want:
                 break
-        if failed and not clusters:
-            raise failed
+        self._wipe(draft, clusters)
+        return list(runs_of(sorted(clusters)))
+
+    def _take_run(self, draft: Draft, count: int) -> int:
+        """The first of `count` adjacent free clusters; for a device, where none can be appended."""
+        self._scan(self._scan_end)
+        run: list[int] = []
+        for number in sorted(self._free):
+            for cluster in self._free_in(number):
+                if run and cluster != run[-1] + 1:
+                    run.clear()
+                run.append(cluster)
+                if len(run) < count:
+                    continue
+                for page in {cluster // self._per_page for cluster in run}:
+                    self._chosen(page, [c for c in run if c // self._per_page == page])
+                self._wipe(draft, run)
+                return run[0]
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _chosen(self, number: int, clusters: list[int]) -> list[int]:
+        """These free clusters of a page are free no longer: reserved, until they are counted."""
+        for cluster in clusters:
+            self._refuse_metadata(cluster)
+        self.reserved.update(clusters)
+        self._total -= len(clusters)
+        self._free[number] -= len(clusters)
+        if not self._free[number]:
+            del self._free[number]
+        return clusters
+
+    def _wipe(self, draft: Draft, clusters: list[int]) -> None:
         size = self.cluster_size
-        if self._limit is None and self._file.size < self.end * size:
-            draft.extend = self.end * size  # counted clusters past the file's end
-        runs = list(runs_of(sorted(clusters)))
-        draft.wipe += [(first * size, count * size) for first, count in runs]
-        return runs
+        self._reach(draft)
+        draft.wipe += [(first * size, count * size) for first, count in runs_of(sorted(clusters))]
 
     def _refuse_metadata(self, cluster: int) -> None:
         if self._metadata.touch(cluster * self.cluster_size, self.cluster_size):
@@ -368,68 +450,42 @@ class Refcounts:
                 hint=f"{REPAIR} {self._file}",
             )
 
-    # Past the end
+    # New blocks
 
-    def _append(self, draft: Draft, want: int) -> list[tuple[int, int]]:
-        if self._limit is not None:
-            want = min(want, self._limit - self.end)
-        while want > 1:
-            try:
-                return [(self._grow(draft, want), want)]
-            except OSError:
-                want //= 2
-        return [(self._grow(draft, 1), 1)]
-
-    def _grow(self, draft: Draft, count: int, blocks: frozenset[int] = frozenset()) -> int:
-        """Append `count` clusters and whatever refcount blocks and table they need.
-
-        `blocks` are made too.  Returns the first of the `count`, which are adjacent.  Nothing has
-        changed when this raises OSError.
-        """
-        at, size = self.end, self.cluster_size
-        made: list[int] = []
-        larger = 0  # clusters of a new table
-        # What is appended needs blocks, which are appended: repeat until nothing is missing.
-        while True:
-            total = len(made) + larger + count
-            last = (at + max(total, 1) - 1) // self._per_block
-            needed = range(at // self._per_block, last + 1) if total else range(0)
-            missing = sorted(blocks.union(b for b in needed if not self._block(b)))
-            top = max(missing, default=0)
-            table = self._larger_table(top) if top >= len(self._table) else 0
-            if (missing, table) == (made, larger):
-                break
-            made, larger = missing, table
-        if (at + total) * size > MAX_HOST:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        if self._limit is None:
-            draft.extend = (at + total) * size
-        elif at + total <= self._limit:
-            for cluster in range(at, at + total):
-                self._refuse_metadata(cluster)
-            draft.wipe.append((at * size, total * size))
-        else:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.end += total
-        if larger:
-            self._move_table(draft, (at + len(made)) * size, larger)
-        for i, block in enumerate(made):
-            self._table[block] = (at + i) * size
+    def _make_blocks(self, draft: Draft, blocks: Iterable[int]) -> None:
+        """Blocks, those that count these blocks, and a table that has room for all of them."""
+        used: list[int] = []
+        wanted = sorted(blocks)
+        while wanted:
+            block = wanted.pop()
+            if self._block(block):
+                continue
+            before = len(used)
+            if block >= len(self._table):
+                used += self._enlarge_table(draft, block)
+            used.append(self._one(draft))
+            self._table[block] = used[-1] * self.cluster_size
             self._entries.add(block)
             self._new_blocks.add(block)
-        first = at + len(made) + larger
-        for cluster in range(at, first):
-            self.hold(cluster)
-        return first
+            wanted += {cluster // self._per_block for cluster in used[before:]}
+        for cluster in used:
+            self._set(cluster, 1)
+        self.reserved.difference_update(used)
 
-    def _larger_table(self, block: int) -> int:
-        """Clusters of a table that has room for `block`, and for some more after it."""
+    def _enlarge_table(self, draft: Draft, block: int) -> range:
+        """A table that has room for `block`, and for some more after it; its clusters."""
         size = self.cluster_size
-        needed = -(-(block + 1) * 8 // size)
+        needed = self._table_clusters(block + 1)
         most = MAX_REFCOUNT_TABLE // size
         if needed > most:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-        return min(most, max(needed, len(self._table) * 8 // size * 3 // 2 + 1))
+        count = min(most, max(needed, len(self._table) * 8 // size * 3 // 2 + 1))
+        first = self._take_run(draft, count) if self._device else self._append(draft, count)
+        self._move_table(draft, first * size, count)
+        return range(first, first + count)
+
+    def _table_clusters(self, entries: int) -> int:
+        return -(-entries * 8 // self.cluster_size)
 
     def _move_table(self, draft: Draft, offset: int, clusters: int) -> None:
         size = self.cluster_size
