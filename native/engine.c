@@ -333,8 +333,12 @@ static void completed(struct vm_engine *engine, uint64_t data, int result)
 static void run_ready(struct vm_engine *engine)
 {
     struct request *request;
-    while ((request = list_pop(&engine->ready)))
-        request_run(engine, request);
+    do {
+        while ((request = list_pop(&engine->ready)))
+            request_run(engine, request);
+        // After all that ran, so that they share one; its end may let others run.
+        sync_round(engine);
+    } while (engine->ready.first);
 }
 
 static bool idle(struct vm_engine *engine)

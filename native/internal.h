@@ -1,7 +1,7 @@
 /* The engine's own structures.  Everything here belongs to the loop thread, except what says "lock".
  *
  * Invariants
- * 1. A request is in exactly one place: the ready list, one parked list, waiting for its pieces, or done.
+ * 1. A request is in exactly one place: the ready, parked or syncing list, waiting for its pieces, or done.
  * 2. A cluster that is being allocated has BUSY in its first map entry; its old entries stay in place
  *    until the data is written, so reads go on; writes to it wait.
  * 3. A leaf with a busy or dirty cluster is never dropped.
@@ -77,7 +77,7 @@ struct inflated {           /* a decoded cluster of a layer, LRU */
 enum origin { FROM_CALL, FROM_UBLK, FROM_COPY };
 enum mover { IN_MEMORY, IN_KERNEL };   /* where the request's bytes are: buf, or registered buffer tag */
 enum wait { NOT_PARKED, WAIT_LEAF, WAIT_INFLATE, WAIT_POOL, WAIT_BEGIN, WAIT_BUSY, WAIT_RANGE,
-            WAIT_ANSWER, WAIT_PACE, WAIT_BUFFER };
+            WAIT_ANSWER, WAIT_PACE, WAIT_BUFFER, WAIT_SYNC };
 
 struct request {
     struct request *next;
@@ -188,6 +188,9 @@ struct vm_engine {
     struct ublk ublk;
 
     struct request_list ready, parked;
+    struct request_list syncing;    /* what the round of syncs that runs is for */
+    uint32_t sync_pieces;
+    bool sync_wanted;
     struct request *exclusive;  /* ranges that wait for DISCARD or ZERO to be answered */
     struct piece *free_pieces;
     uint64_t flying[2];     /* pieces, by epoch */
@@ -262,6 +265,13 @@ void piece_submit(struct vm_engine *engine, struct piece *piece);
 void piece_done(struct vm_engine *engine, struct piece *piece, int result);
 struct io_uring_sqe *next_sqe(struct vm_engine *engine);
 
+/* sync.c */
+/* Park request until what is written now is durable. */
+void sync_ask(struct vm_engine *engine, struct request *request);
+/* Begin a round if one is wanted and none runs. */
+void sync_round(struct vm_engine *engine);
+void sync_piece_done(struct vm_engine *engine, int error);
+
 /* request.c */
 void request_start(struct vm_engine *engine, struct request *request);
 void request_run(struct vm_engine *engine, struct request *request);
@@ -270,6 +280,8 @@ void request_piece_done(struct vm_engine *engine, struct request *request, int e
 void request_park(struct vm_engine *engine, struct request *request, enum wait wait, uint64_t wait_for);
 /* Let those that wait for this run again, or with error != 0 fail. */
 void requests_wake(struct vm_engine *engine, enum wait wait, uint64_t wait_for, int error);
+/* Take them out instead: the caller runs or ends them. */
+struct request_list requests_take(struct vm_engine *engine, enum wait wait, uint64_t wait_for);
 void request_answered(struct vm_engine *engine, struct request *request, int error);
 void requests_fail_parked(struct vm_engine *engine, int error);
 void list_push(struct request_list *list, struct request *request);

@@ -105,15 +105,17 @@ void piece_done(struct vm_engine *engine, struct piece *piece, int result)
     struct request *request = piece->request;
     struct alloc *alloc = piece->alloc;
     struct copy *copy = piece->copy;
-    if (error && piece->op != PIECE_READ)
-        fault_tell(engine, VM_FAULT_FAILED, request ? request->offset : copy->base, 0,
+    if (error && (piece->op == PIECE_WRITE || piece->op == PIECE_SYNC))
+        fault_tell(engine, VM_FAULT_FAILED, request ? request->offset : copy ? copy->base : 0, 0,
                    (uint64_t)-(int64_t)error);
-    // A failed sync is reported once by the kernel, so nothing later may claim to be durable.
-    if (error && piece->op == PIECE_SYNC)
-        engine_fail(engine, error);
     engine->flying[piece->epoch]--;
+    bool sync = piece->op == PIECE_SYNC;
     piece->next = engine->free_pieces;
     engine->free_pieces = piece;
+    if (sync) {
+        sync_piece_done(engine, error);
+        return;
+    }
     if (copy) {
         copy_write_done(engine, copy, error);
         return;

@@ -53,7 +53,6 @@ static void fail(struct vm_engine *engine, struct request *request, int error)
         finish(engine, request);
 }
 
-// Take the matching requests out first: running one may park others.
 static struct request_list unpark(struct vm_engine *engine, enum wait wait, uint64_t wait_for,
                                   bool all)
 {
@@ -69,9 +68,15 @@ static struct request_list unpark(struct vm_engine *engine, enum wait wait, uint
     return taken;
 }
 
+struct request_list requests_take(struct vm_engine *engine, enum wait wait, uint64_t wait_for)
+{
+    return unpark(engine, wait, wait_for, false);
+}
+
 void requests_wake(struct vm_engine *engine, enum wait wait, uint64_t wait_for, int error)
 {
-    struct request_list taken = unpark(engine, wait, wait_for, false);
+    // Taken out first: running one may park others.
+    struct request_list taken = requests_take(engine, wait, wait_for);
     struct request *request;
     while ((request = list_pop(&taken))) {
         if (error)
@@ -317,20 +322,12 @@ static void flush(struct vm_engine *engine, struct request *request)
         request_park(engine, request, WAIT_ANSWER, id);
         return;
     }
-    request->walked = true;
     if (engine->begun) {
-        for (uint32_t i = 0; i < engine->file_count; i++) {
-            if (!engine->files[i].owned)
-                continue;
-            struct piece *piece = piece_new(engine, PIECE_SYNC);
-            piece->request = request;
-            piece->file = i;
-            request->pieces++;
-            piece_submit(engine, piece);
-        }
+        sync_ask(engine, request);
+        return;
     }
-    if (!request->pieces)
-        finish(engine, request);
+    request->walked = true;
+    finish(engine, request);
 }
 
 // The whole clusters inside a range; the last one of the disk may be short.
@@ -476,6 +473,9 @@ void request_answered(struct vm_engine *engine, struct request *request, int err
             error = 0;  // a discard is a hint
         }
     }
+    // What failed meanwhile may be what this was to make durable.
+    if (!error && (request->op == VM_OP_FLUSH || request->step == STEP_DURABLE))
+        error = engine->failed;
     if (error) {
         fail(engine, request, error);
         return;
