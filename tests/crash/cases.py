@@ -41,6 +41,7 @@ class Case:
     options: tuple[str, ...] = ()  # qemu-img create -o
     parent: bool = False
     compressed: bool = False
+    before: tuple[str, ...] = ()  # what qemu-io does to the image first
     filled: int = 0  # bytes of data that are there before, as far as the host file goes
     sector: int = 512
     count: int = 60  # requests in the workload
@@ -82,6 +83,18 @@ CASES = (
     ),
     Case("qcow2-compressed", "qcow2", 4 * MIB, 64 * KIB, compressed=True),
     Case("qcow2-compressed-4k", "qcow2", MIB, 4 * KIB, ("cluster_size=4k",), compressed=True),
+    Case("qcow2-lazy", "qcow2", 2 * MIB, 64 * KIB, ("lazy_refcounts=on",)),
+    Case(
+        "qcow2-zero",  # zero clusters that keep a place, and clusters that nobody wrote to
+        "qcow2",
+        4 * MIB,
+        64 * KIB,
+        ("preallocation=metadata",),
+        before=("write -P 7 1M 2M", "write -z 1M 512k", "discard 2M 256k"),
+    ),
+    Case("raw", "raw", 2 * MIB, 64 * KIB, foreign=False),
+    Case("vdi-fixed", "vdi", 4 * MIB, MIB, ("static=on",), mix=_SPARSE),
+    Case("vhdx-fixed", "vhdx", 4 * MIB, MIB, ("block_size=1M", "subformat=fixed"), mix=_SPARSE),
     Case("vdi", "vdi", 24 * MIB, MIB, mix=_SPARSE),
     Case("vhdx", "vhdx", 24 * MIB, MIB, ("block_size=1M",), mix=_SPARSE),
     Case(
@@ -116,6 +129,8 @@ class Made:
 
     def check(self, store: Store, before: Store) -> Findings:
         """`before`: the same image when it was opened."""
+        if self.case.format == "raw":
+            return Findings()
         if self.case.format == "vhdx":
             return check_vhdx(store, before.size)
         return {"qcow2": check_qcow2, "vdi": check_vdi}[self.case.format](store)
@@ -160,10 +175,15 @@ def make(case: Case, folder: Path) -> Made:
         run([*command, "-F", "raw", "-b", "parent.raw", str(path)])
     else:
         run([*command, str(path), str(case.size)])
+    held = Store.of(bytes(content))
+    if case.before:
+        run(["qemu-io", "-f", case.format, *(f"-c{command}" for command in case.before), path])
+        run(["qemu-img", "convert", "-f", case.format, "-O", "raw", path, folder / "held.raw"])
+        held = Store.load(folder / "held.raw")
     store = Store.load(path)
     if case.sector != 512:
         set_vhdx_sector_size(store, case.sector)
-    return Made(case, store, parent, Store.of(bytes(content)))
+    return Made(case, store, parent, held)
 
 
 def _scatter(content: bytearray, case: Case) -> None:

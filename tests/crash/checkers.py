@@ -1,7 +1,7 @@
 """What must hold of an image's metadata after any cut, read without the drivers.
 
 qemu-img check says the same of a file, but one process a state is too slow for every state.
-test_checkers.py holds these against it.
+test_simulate.py holds these against it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("VIRTMOUNT_CRASH_KILLS", "4"))
 MOST_LINES = 400  # that the victim may say before it is killed
 NAMES = ("qcow2-64k", "qcow2-4k", "qcow2-parent", "vdi", "vhdx", "vhdx-4096")
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60 + 30 * KILLS)
 
 
 def read_history(said: str, base: Store) -> History:

@@ -21,6 +21,7 @@ from tests.crash.judge import Judge, points, record
 POINTS = int(os.environ.get("VIRTMOUNT_CRASH_POINTS", "60"))
 SEEDS = os.environ.get("VIRTMOUNT_CRASH_SEEDS", "1")
 FOREIGN = 6  # states per image and seed that other programs look at
+pytestmark = pytest.mark.timeout(300 if 0 < POINTS <= 100 else 7200)
 AGAIN = 12  # every so many states the recovery is cut as well
 
 

@@ -31,10 +31,20 @@ FAILURES = int(os.environ.get("VIRTMOUNT_CRASH_FAILURES", "6"))
 THREADS = 3
 ROUNDS = 3
 EACH = 10  # requests of a thread in a round
-NAMES = ("qcow2-64k", "qcow2-4k", "qcow2-parent", "qcow2-compressed", "vdi", "vhdx", "vhdx-4096")
+NAMES = (
+    "raw",
+    "qcow2-64k",
+    "qcow2-4k",
+    "qcow2-parent",
+    "qcow2-compressed",
+    "vdi",
+    "vdi-fixed",
+    "vhdx",
+    "vhdx-4096",
+)
 FAILED_NAMES = ("qcow2-4k", "qcow2-parent", "vdi", "vhdx")
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(120 if FAILURES and POINTS < 100 else 3000)
 
 
 @dataclass
