@@ -1,9 +1,11 @@
 /* The loop, and the calls that reach it from other threads. */
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -72,6 +74,9 @@ void vm_engine_destroy(struct vm_engine *engine)
         next = piece->next;
         free(piece);
     }
+    for (uint32_t i = 0; i < engine->file_count; i++)
+        if (engine->files[i].sync_fd >= 0)
+            close(engine->files[i].sync_fd);
     if (engine->event_fd >= 0)
         close(engine->event_fd);
     if (engine->zero_fd >= 0)
@@ -81,6 +86,18 @@ void vm_engine_destroy(struct vm_engine *engine)
     free(engine);
 }
 
+// The kernel tells a failed write-back once to each open file.  Syncing one of our own, we hear of
+// those that the Pager's syncs were told, and it of ours.
+static int open_for_sync(int fd)
+{
+    char path[32];
+    struct stat stat;
+    if (fstat(fd, &stat) || (!S_ISREG(stat.st_mode) && !S_ISBLK(stat.st_mode)))
+        return -1;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    return open(path, (fcntl(fd, F_GETFL) & O_ACCMODE) | O_CLOEXEC);
+}
+
 int vm_engine_add_file(struct vm_engine *engine, int fd, int direct_fd, uint32_t direct_align,
                        int owned)
 {
@@ -88,7 +105,8 @@ int vm_engine_add_file(struct vm_engine *engine, int fd, int direct_fd, uint32_t
         return -EMFILE;
     if (direct_fd >= 0 && (direct_align < 512 || direct_align & (direct_align - 1)))
         return -EINVAL;
-    engine->files[engine->file_count] = (struct file){fd, direct_fd, direct_align, owned};
+    engine->files[engine->file_count] = (struct file){
+        fd, direct_fd, owned ? open_for_sync(fd) : -1, direct_align, owned};
     return engine->file_count++;
 }
 

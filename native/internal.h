@@ -33,7 +33,7 @@ static inline uint64_t entry_make(uint32_t kind, uint32_t source, uint64_t host)
 static inline bool entry_reads_zero(uint64_t entry) { return entry_kind(entry) <= VM_ZERO; }
 
 struct file {
-    int fd, direct_fd;
+    int fd, direct_fd, sync_fd; /* -1: none */
     uint32_t align;
     bool owned;
 };

@@ -49,7 +49,8 @@ static void enter(struct vm_engine *engine, struct piece *piece)
         sqe->opcode = IORING_OP_READ_FIXED;
         break;
     case PIECE_SYNC:
-        io_uring_prep_fsync(sqe, file->fd, IORING_FSYNC_DATASYNC);
+        io_uring_prep_fsync(sqe, file->sync_fd >= 0 ? file->sync_fd : file->fd,
+                            IORING_FSYNC_DATASYNC);
         break;
     }
     if (kernel)

@@ -222,6 +222,22 @@ static void test_a_flush_before_the_first_write_has_nothing_to_do(void)
     tear_down();
 }
 
+/* It is told once to each open file, so a sync of the Pager's must not take ours away. */
+static void test_the_engine_syncs_an_open_file_of_its_own(void)
+{
+    struct stat theirs, ours;
+    set_up(0);
+    write_one();
+    struct job *flush = start(VM_OP_FLUSH, 0, 0, NULL, 0);
+    until_started(1);
+    assert(!fstat(files[0], &theirs) && !fstat(syncs[0].fd, &ours));
+    assert(theirs.st_dev == ours.st_dev && theirs.st_ino == ours.st_ino);
+    assert(lseek(files[0], 4096, SEEK_SET) == 4096 && lseek(syncs[0].fd, 0, SEEK_CUR) == 0);
+    end_sync(0, GOOD);
+    assert(result_of(flush) == 0);
+    tear_down();
+}
+
 static void test_stop_ends_flushes(void)
 {
     set_up(0);
@@ -246,6 +262,7 @@ int main(void)
     test_durable_writes_wait_for_their_sync(0, VM_IO_FUA);
     test_after_an_allocation_the_pager_is_asked();
     test_a_flush_before_the_first_write_has_nothing_to_do();
+    test_the_engine_syncs_an_open_file_of_its_own();
     test_stop_ends_flushes();
     return 0;
 }
