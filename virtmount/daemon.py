@@ -5,7 +5,7 @@ descriptor; also the body of `attach --foreground`.  In order:
 
     import everything, open the image and its parents (locked from here on)
     choose the transport, have its driver loaded
-    take a name, protect the process, start the Pager, start the device, make the links
+    take a name, isolate the process, start the Pager, start the device, make the links
     report readiness; loop alone ends here, the kernel goes on by itself
     wait for SIGTERM, SIGINT or the device's end
     stop the device, remove the links, flush and close the image, remove the record
@@ -76,6 +76,7 @@ class Session:
 
     def _attach(self) -> None:
         order = self.order
+        process.protect()
         chain = open_chain(
             order.image,
             order.format,
@@ -95,7 +96,7 @@ class Session:
         stem = self.disk.image.name.rstrip("0123456789")
         state.claim(self.record, stem, order.name, clear)
         if served:
-            process.protect()
+            process.isolate()
             threading.stack_size(process.STACK)
         self.transport, self.pager = chosen(self.disk, self.record.name)
         self.record.transport = self.transport.name

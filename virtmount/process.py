@@ -4,9 +4,9 @@ Memory that it needs must not be found by writing out pages of that disk, its co
 to be read from a file system on it, and no file system on it may be mounted in a mount namespace
 that ends with the process, which would then wait for the unmounting, that is for itself.
 
-Order: import everything, open the image, protect(), create threads, start the device, settle(),
-serve.  Task flags and the mount namespace are inherited by threads, so they come before; programs
-and kernel modules are looked up while the device starts, so the mounts are left after.
+Order: protect(), import everything and open the image, isolate(), create threads, start the device,
+settle(), serve.  Task flags and the mount namespace are inherited by threads, so they come before;
+programs and kernel modules are looked up while the device starts, so the mounts are left after.
 """
 
 from __future__ import annotations
@@ -38,10 +38,19 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _own: set[str] = set()  # mount namespaces
 
 
+# What this machine refuses (a container) is logged, no more.
+
+
 def protect() -> None:
-    """What threads must inherit.  What this machine refuses (a container) is logged, no more."""
-    for measure in (set_io_flusher, lock_memory, spare_from_oom, own_mounts):
-        _try(measure)
+    """What comes first: the kernel makes threads of its own for the first io_uring request."""
+    _try(set_io_flusher)
+    _try(spare_from_oom)
+
+
+def isolate() -> None:
+    """Before there are threads, when everything is imported and the image is open."""
+    _try(lock_memory)
+    _try(own_mounts)
 
 
 def settle(kept: tuple[str, ...] = ()) -> None:

@@ -89,7 +89,8 @@ def world(tmp_path, monkeypatch, masked):
         return FakeTransport(world), FakePager(world, disk)
 
     monkeypatch.setattr(daemon, "choose", lambda wish, disk: make)
-    monkeypatch.setattr(daemon.process, "protect", lambda: world.call("protect"))
+    monkeypatch.setattr(daemon.process, "protect", lambda: None)
+    monkeypatch.setattr(daemon.process, "isolate", lambda: world.call("isolate"))
     monkeypatch.setattr(daemon.process, "settle", lambda kept: world.call("settle"))
     monkeypatch.setattr(daemon.threading, "stack_size", lambda size: 0)
     monkeypatch.setattr(nodes, "make_links", lambda name, kernel_name: world.call("links"))
@@ -105,7 +106,7 @@ def locked(image):
 def test_from_the_order_to_the_end(world, image):
     session = Session(Order(str(image), format="raw"))
     record = session.attach()
-    assert world.calls == ["protect", "make", "start", "links", "settle"]
+    assert world.calls == ["isolate", "make", "start", "links", "settle"]
     assert (record.name, record.device, record.transport) == ("raw0", "/dev/fakeb0", "fake")
     assert (record.size, record.read_only, record.state) == (1 << 20, False, state.ATTACHED)
     assert record.pid == os.getpid()
