@@ -1,12 +1,11 @@
 """SIGKILL: a process that works on an image is killed at random moments, several times over.
 
 What it had acknowledged to have flushed must be there, the image must be valid, and the next one
-goes on with it.  VIRTMOUNT_CRASH_KILLS sets how often each image is hit.
+goes on with it.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -14,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash.budget import KILLS, TIMEOUT
 from tests.crash.cases import CASES, Made, content_of, make
 from tests.crash.judge import Judge
 from tests.crash.simulate import SimulatedFile, Store
 from tests.crash.workload import SECTOR, History, Request
 
-KILLS = int(os.environ.get("VIRTMOUNT_CRASH_KILLS", "4"))
 MOST_LINES = 400  # that the victim may say before it is killed
 NAMES = ("qcow2-64k", "qcow2-4k", "qcow2-parent", "vdi", "vhdx", "vhdx-4096")
 
-pytestmark = pytest.mark.timeout(60 + 30 * KILLS)
+pytestmark = pytest.mark.timeout(TIMEOUT)
 
 
 def read_history(said: str, base: Store) -> History:

@@ -1,33 +1,23 @@
 """Power cuts over the plans of the drivers, at every host write, through the reference engine.
 
-What must hold after every cut is numbered in judge.py.  A run of the suite tries a seeded
-sample of the states; VIRTMOUNT_CRASH_POINTS sets how many per image and seed (0: all), and
-VIRTMOUNT_CRASH_SEEDS a number of seeds or a range such as 100-163, for the long campaign:
-
-    VIRTMOUNT_CRASH_POINTS=0 VIRTMOUNT_CRASH_SEEDS=100-131 pytest tests/crash/test_plans.py
+What must hold after every cut is numbered in judge.py; how many are tried, in budget.py.
 """
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 
 import pytest
 
+from tests.crash.budget import POINTS, TIMEOUT, seeds
 from tests.crash.cases import CASES, Made, make, run
 from tests.crash.judge import Judge, points, record
 
-POINTS = int(os.environ.get("VIRTMOUNT_CRASH_POINTS", "60"))
-SEEDS = os.environ.get("VIRTMOUNT_CRASH_SEEDS", "1")
 FOREIGN = 6  # states per image and seed that other programs look at
-pytestmark = pytest.mark.timeout(300 if 0 < POINTS <= 100 else 7200)
 AGAIN = 12  # every so many states the recovery is cut as well
 
-
-def seeds() -> list[int]:
-    first, dash, last = SEEDS.partition("-")
-    return list(range(int(first), int(last) + 1)) if dash else list(range(int(first)))
+pytestmark = pytest.mark.timeout(TIMEOUT)
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,13 @@
 """The C engine and the Pager over a file system that records, and fails, what they do to the host.
 
 One part records workloads of several threads and cuts the power over what really reached the
-host, in the order in which it did.  The other lets the Nth change fail, for N = 1, 2, ….  A run
-of the suite tries a sample; VIRTMOUNT_CRASH_POINTS and VIRTMOUNT_CRASH_SEEDS are those of
-test_plans.py, VIRTMOUNT_CRASH_FAILURES sets how many N a case tries (0: all until none fails).
+host, in the order in which it did.  The other lets the Nth change fail, for N = 1, 2, ….
+How much is tried: budget.py.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,16 +16,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.crash.budget import FAILURES, POINTS, TIMEOUT, seeds
 from tests.crash.cases import CASES, Made, make
 from tests.crash.faultfs import Mounted
 from tests.crash.judge import Judge, Recorded, points, qemu_check
 from tests.crash.simulate import Log, Mark, Store
-from tests.crash.test_plans import POINTS, seeds
 from tests.crash.workload import History, Op, Request, perform, requests, striped
 from virtmount import api, hostfile
 from virtmount.engine import IoFlag
 
-FAILURES = int(os.environ.get("VIRTMOUNT_CRASH_FAILURES", "6"))
 THREADS = 3
 ROUNDS = 3
 EACH = 10  # requests of a thread in a round
@@ -44,7 +41,7 @@ NAMES = (
 )
 FAILED_NAMES = ("qcow2-4k", "qcow2-parent", "vdi", "vhdx")
 
-pytestmark = pytest.mark.timeout(120 if FAILURES and POINTS < 100 else 3000)
+pytestmark = pytest.mark.timeout(TIMEOUT)
 
 
 @dataclass
