@@ -276,8 +276,9 @@ class VDI(Image):
             if run:
                 self._use[run[0] : run[1]] = bytes([RESERVED]) * (run[1] - run[0])
                 plan = Plan() if state == CLEAN else Plan(self._punch(*run))
-                if self._file.size < self._host(run[1]):
-                    plan += Plan(Extend(self._host(run[1])), Barrier)
+                if self._file.size < self._host(run[1]) or self._counted() < run[1]:
+                    # Left by a reservation whose plan has failed.
+                    plan += Plan(Extend(self._host(run[1])), self._write_header(), Barrier)
                 return Reservation((self._run(*run),), plan, reused=True)
         first, last = self._end, min(self._end + max(1, count), self._blocks)
         if first == last:
@@ -286,6 +287,10 @@ class VDI(Image):
         self._end = last
         plan = Plan(Extend(self._host(last)), self._write_header(), Barrier)
         return Reservation((self._run(first, last),), plan)
+
+    def _counted(self) -> int:
+        """The count that the file's header has."""
+        return int.from_bytes(self._file.pread(COUNT_AT, 4), "little")
 
     def _run(self, first: int, last: int) -> Run:
         return Run(self._host(first), last - first)

@@ -233,6 +233,9 @@ class Image(ABC):
         maps them, so a crash leaks nothing but file length.  The plan must end with a Barrier
         where the new file size has to be durable before a mapping may name it.  Raises
         OSError(ENOSPC or EFBIG) when the format can address no more.
+
+        This plan alone may fail without the end of writing, because a full host may have room
+        again: then the runs come back through release(), whatever of the plan was carried out.
         """
         raise Unsupported(self.files[0], "", f"{self.name}: writing")
 
