@@ -183,14 +183,6 @@ static void fill_stats(struct vm_engine *engine, struct vm_stats *ret)
     ret->failed = engine->failed;
 }
 
-static void try_drained(struct vm_engine *engine)
-{
-    if (engine->draining && !engine->flying[!engine->epoch]) {
-        sem_post(&engine->draining->done);
-        engine->draining = NULL;
-    }
-}
-
 static void stop(struct vm_engine *engine)
 {
     engine->stopping = true;
@@ -225,8 +217,7 @@ static bool execute(struct vm_engine *engine, struct command *command)
         dirty_done(engine, command->error);
         break;
     case DO_DRAIN:
-        engine->epoch = !engine->epoch;
-        engine->draining = command;
+        drain_command(engine, command);
         return false;
     case DO_FAILED:
         engine_fail(engine, command->error);
@@ -354,8 +345,9 @@ static void run_ready(struct vm_engine *engine)
     do {
         while ((request = list_pop(&engine->ready)))
             request_run(engine, request);
-        // After all that ran, so that they share one; its end may let others run.
+        // After all that ran, so that they share one.  The ends of rounds may let others run.
         sync_round(engine);
+        drain_check(engine);
     } while (engine->ready.first);
 }
 
@@ -415,7 +407,6 @@ int vm_engine_run(struct vm_engine *engine)
         struct io_uring_cqe *cqe;
         unsigned head, seen = 0;
         run_ready(engine);
-        try_drained(engine);
         if (engine->stopping && idle(engine))
             break;
         int result = io_uring_submit_and_wait(&engine->ring, 1);
@@ -429,7 +420,6 @@ int vm_engine_run(struct vm_engine *engine)
         }
         io_uring_cq_advance(&engine->ring, seen);
     }
-    try_drained(engine);
     // Commands parked in the kernel end with the ring; then the device may be closed.
     io_uring_queue_exit(&engine->ring);
     ublk_close(engine);

@@ -5,7 +5,8 @@
  * 2. A cluster that is being allocated has BUSY in its first map entry; its old entries stay in place
  *    until the data is written, so reads go on; writes to it wait.
  * 3. A leaf with a busy or dirty cluster is never dropped.
- * 4. An exclusive range (discard, zeroes) has no busy cluster and lets no new request in.
+ * 4. An exclusive range (discard, zeroes) lets no new request in.  Its question is asked once none of
+ *    its clusters is busy and no piece that was in flight is left.
  * 5. A request is never completed with fewer bytes than it asked for: all of them, or an error.
  */
 #ifndef VM_INTERNAL_H
@@ -77,7 +78,8 @@ struct inflated {           /* a decoded cluster of a layer, LRU */
 enum origin { FROM_CALL, FROM_UBLK, FROM_COPY };
 enum mover { IN_MEMORY, IN_KERNEL };   /* where the request's bytes are: buf, or registered buffer tag */
 enum wait { NOT_PARKED, WAIT_LEAF, WAIT_INFLATE, WAIT_POOL, WAIT_BEGIN, WAIT_BUSY, WAIT_RANGE,
-            WAIT_ANSWER, WAIT_PACE, WAIT_BUFFER, WAIT_SYNC };
+            WAIT_ANSWER, WAIT_PACE, WAIT_BUFFER, WAIT_SYNC,
+            WAIT_DRAIN };
 
 struct request {
     struct request *next;
@@ -88,6 +90,9 @@ struct request {
     bool walked;            /* nothing more to submit in this step */
     bool prepared;          /* an IN_MEMORY request of ublk has its buffer */
     bool fua, nounmap;
+    bool exclusive;         /* in the list of exclusive ranges: cursor to end */
+    bool drained;           /* what was in flight before has ended */
+    bool waits_for_pieces;  /* a copy's read: not before that */
     uint16_t tag;
     uint32_t pieces;        /* in flight */
     int error;
@@ -118,6 +123,7 @@ struct copy {               /* the rest of a partly written cluster */
     uint64_t base;          /* guest offset of the cluster */
     uint32_t part;
     uint32_t room;
+    bool waits;             /* the first read, for pieces in flight */
     uint8_t *buf;
 };
 
@@ -191,11 +197,13 @@ struct vm_engine {
     struct request_list syncing;    /* what the round of syncs that runs is for */
     uint32_t sync_pieces;
     bool sync_wanted;
-    struct request *exclusive;  /* ranges that wait for DISCARD or ZERO to be answered */
+    struct request *exclusive;  /* ranges that wait for DISCARD or ZERO to be asked and answered */
     struct piece *free_pieces;
     uint64_t flying[2];     /* pieces, by epoch */
     uint8_t epoch;
-    struct command *draining;
+    bool draining, drain_wanted;    /* a round runs; another one is to follow */
+    uint64_t drain_round;
+    struct command *drains;
 
     struct vm_dirty *dirty, *committing;
     uint32_t dirty_count, dirty_room, committing_count;
@@ -213,6 +221,12 @@ struct vm_engine {
     struct fault *faults, *faults_last;
     enum { NEW, RUNNING, ENDED } life;
 };
+
+/* Written where it is; nothing is allocated for it. */
+static inline bool entry_in_place(const struct vm_engine *engine, uint64_t entry)
+{
+    return entry_kind(entry) == VM_DATA && engine->files[entry_source(entry)].owned;
+}
 
 /* map.c */
 int map_create(struct map *map, const struct vm_config *config);
@@ -264,6 +278,12 @@ struct piece *piece_new(struct vm_engine *engine, uint8_t op);
 void piece_submit(struct vm_engine *engine, struct piece *piece);
 void piece_done(struct vm_engine *engine, struct piece *piece, int result);
 struct io_uring_sqe *next_sqe(struct vm_engine *engine);
+
+/* drain.c */
+/* Park request, or keep command waiting, until no piece that is in flight now is. */
+void drain_request(struct vm_engine *engine, struct request *request);
+void drain_command(struct vm_engine *engine, struct command *command);
+void drain_check(struct vm_engine *engine);
 
 /* sync.c */
 /* Park request until what is written now is durable. */

@@ -1,0 +1,118 @@
+/* What waits for host requests in flight: drains, discards, copies of clusters that are partly
+ * written in place.  A socket as a host file holds requests in flight as long as the test wants. */
+#include "harness.h"
+
+#include <sys/socket.h>
+
+enum { UNIT = 4 * KIB, CLUSTER = 64 * KIB, LEAF_UNITS = 256, DISK = 4 * MIB };
+enum { TOP, SLOW };
+
+static uint8_t buffer[2][CLUSTER];
+static int slow;  /* the other end of SLOW */
+
+static void set_up(void)
+{
+    struct vm_config config = {.size = DISK, .sector_size = 512, .unit_shift = 12,
+                               .cluster_shift = 16, .leaf_units = LEAF_UNITS,
+                               .flags = VM_CAN_ZERO | VM_CAN_DISCARD};
+    int ends[2];
+    create(&config);
+    assert(add_file(temporary(), true) == TOP);
+    assert(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+    assert(add_file(ends[0], true) == SLOW);
+    slow = ends[1];
+    start_loop();
+    memset(buffer, 0x5a, sizeof buffer);
+}
+
+static void tear_down(void)
+{
+    close(slow);
+    finish_all();
+}
+
+/* No write to SLOW ends before let_writes_end. */
+static void hold_writes(void)
+{
+    static const uint8_t data[64 * KIB];
+    int flags = fcntl(files[SLOW], F_GETFL);
+    fcntl(files[SLOW], F_SETFL, flags | O_NONBLOCK);
+    while (write(files[SLOW], data, sizeof data) > 0)
+        ;
+    assert(errno == EAGAIN);
+    fcntl(files[SLOW], F_SETFL, flags);
+}
+
+/* Let the write that is in flight end. */
+static int result_of_write(struct job *job)
+{
+    static uint8_t data[MIB];
+    while (recv(slow, data, sizeof data, MSG_DONTWAIT) > 0)
+        ;
+    return result_of(job);
+}
+
+/* A leaf in SLOW, but for the units from `absent` on of each cluster. */
+static void fill_slow(uint32_t absent)
+{
+    struct vm_fault fault = expect(VM_FAULT_FILL);
+    uint64_t entries[LEAF_UNITS] = {0};
+    for (uint32_t i = 0; i < LEAF_UNITS; i++)
+        if (i % (CLUSTER / UNIT) < absent)
+            entries[i] = (uint64_t)VM_DATA << 60 | (uint64_t)SLOW << 52 | i * (UNIT >> 9);
+    vm_fill(engine, fault.id, entries, LEAF_UNITS, 0);
+}
+
+static void begun(void)
+{
+    struct job *job = start(VM_OP_WRITE, MIB, 512, buffer[0], 0);
+    begin();
+    struct vm_fault fault = expect(VM_FAULT_FILL);
+    fill_alike(&fault, LEAF_UNITS, UNIT, VM_DATA, TOP);
+    assert(result_of(job) == 0);
+}
+
+static void until_submitted(uint64_t requests)
+{
+    for (;;) {
+        struct vm_stats now = stats();
+        if (now.host_reads + now.host_writes >= requests)
+            return;
+        sched_yield();
+    }
+}
+
+static void *drain(void *ret)
+{
+    assert(vm_drain(engine) == 0);
+    __atomic_fetch_add((int *)ret, 1, __ATOMIC_SEQ_CST);
+    return NULL;
+}
+
+static void test_drains_from_several_threads(void)
+{
+    pthread_t threads[6];
+    int done = 0;
+    set_up();
+    begun();
+    struct job *reader = start(VM_OP_READ, 0, 4 * KIB, buffer[0], 0);
+    fill_slow(CLUSTER / UNIT);
+    until_submitted(2);
+    for (int i = 0; i < 6; i++)
+        pthread_create(&threads[i], NULL, drain, &done);
+    for (int i = 0; i < 100; i++)  // what is in flight later does not matter to them
+        assert(!vm_io(engine, VM_OP_READ, MIB, UNIT, buffer[1], 0));
+    assert(__atomic_load_n(&done, __ATOMIC_SEQ_CST) == 0 && stats().in_flight == 1);
+    assert(write(slow, buffer[1], 4 * KIB) == 4 * KIB);
+    assert(result_of(reader) == 0);
+    for (int i = 0; i < 6; i++)
+        pthread_join(threads[i], NULL);
+    assert(vm_drain(engine) == 0);
+    tear_down();
+}
+
+int main(void)
+{
+    test_drains_from_several_threads();
+    return 0;
+}
