@@ -97,6 +97,19 @@ void requests_fail_parked(struct vm_engine *engine, int error)
         fail(engine, request, error);
 }
 
+static void leave_exclusive(struct vm_engine *engine, struct request *request)
+{
+    struct request **at = &engine->exclusive;
+    if (!request->exclusive)
+        return;
+    while (*at && *at != request)
+        at = &(*at)->next_exclusive;
+    if (*at)
+        *at = request->next_exclusive;
+    request->exclusive = false;
+    requests_wake(engine, WAIT_RANGE, 0, 0);
+}
+
 static bool overlaps_exclusive(struct vm_engine *engine, uint64_t offset, uint64_t end)
 {
     for (struct request *other = engine->exclusive; other; other = other->next_exclusive)
@@ -343,22 +356,44 @@ static void whole_clusters(const struct vm_engine *engine, const struct request 
         *start = *end = request->offset + request->length;
 }
 
-static void ask_whole(struct vm_engine *engine, struct request *request)
+// true: the range is this request's alone.  Taken at once, so that it has its turn however many
+// others use it; false: parked or over.
+static bool take_range(struct vm_engine *engine, struct request *request)
 {
     bool flat = engine->config.flags & VM_FLAT;
+    if (request->exclusive)
+        return true;
     whole_clusters(engine, request, &request->cursor, &request->end);
     if (request->cursor == request->end
         || (!flat && map_range_reads_zero(&engine->map, request->cursor, request->end))) {
         request->walked = true;
         finish(engine, request);
-    } else if (overlaps_exclusive(engine, request->cursor, request->end)) {
+        return false;
+    }
+    if (overlaps_exclusive(engine, request->cursor, request->end)) {
         request_park(engine, request, WAIT_RANGE, 0);
-    } else if (!flat && map_range_busy(&engine->map, request->cursor, request->end)) {
+        return false;
+    }
+    if (!ask_begin(engine, request))
+        return false;
+    request->exclusive = true;
+    request->next_exclusive = engine->exclusive;
+    engine->exclusive = request;
+    return true;
+}
+
+static void ask_whole(struct vm_engine *engine, struct request *request)
+{
+    bool flat = engine->config.flags & VM_FLAT;
+    if (!take_range(engine, request))
+        return;
+    if (!flat && map_range_busy(&engine->map, request->cursor, request->end)) {
         request_park(engine, request, WAIT_BUSY, 0);
-    } else if (ask_begin(engine, request)) {
+    } else if (!request->drained) {
+        request->drained = true;
+        drain_request(engine, request);
+    } else {
         uint32_t type = request->op == VM_OP_DISCARD ? VM_FAULT_DISCARD : VM_FAULT_ZERO;
-        request->next_exclusive = engine->exclusive;
-        engine->exclusive = request;
         uint64_t id = fault_ask(engine, type, request->cursor, request->end - request->cursor, 0,
                                 request);
         request_park(engine, request, WAIT_ANSWER, id);
@@ -426,6 +461,7 @@ static bool next_step(struct vm_engine *engine, struct request *request)
 
 static void finish(struct vm_engine *engine, struct request *request)
 {
+    leave_exclusive(engine, request);
     if (!request->error && next_step(engine, request))
         return;
     if (request->origin == FROM_COPY) {
@@ -454,16 +490,10 @@ void request_piece_done(struct vm_engine *engine, struct request *request, int e
 
 void request_answered(struct vm_engine *engine, struct request *request, int error)
 {
-    if (request->op == VM_OP_DISCARD || (request->op == VM_OP_WRITE_ZEROES
-                                         && request->step == STEP_WHOLE)) {
-        struct request **at = &engine->exclusive;
-        while (*at && *at != request)
-            at = &(*at)->next_exclusive;
-        if (*at)
-            *at = request->next_exclusive;
+    if (request->exclusive) {
         if (!error && !(engine->config.flags & VM_FLAT))
             map_set_zero(&engine->map, request->cursor, request->end);
-        requests_wake(engine, WAIT_RANGE, 0, 0);
+        leave_exclusive(engine, request);
         if (error == -EOPNOTSUPP) {
             if (request->op == VM_OP_WRITE_ZEROES) {
                 request->step = STEP_WRITTEN;

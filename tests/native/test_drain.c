@@ -111,8 +111,35 @@ static void test_drains_from_several_threads(void)
     tear_down();
 }
 
+static void test_a_discard_is_asked_once_nothing_uses_its_clusters(uint32_t op, bool reading)
+{
+    set_up();
+    begun();
+    hold_writes();
+    struct job *first = start(reading ? VM_OP_READ : VM_OP_WRITE, 0, 4 * KIB, buffer[0], 0);
+    fill_slow(CLUSTER / UNIT);
+    until_submitted(2);
+    struct job *discard = start(op, 0, CLUSTER, NULL, 0);
+    until_in_flight(2);
+    expect_none();
+    // From now on others keep out, so that it has its turn.
+    struct job *late = start(VM_OP_READ, 8 * KIB, 4 * KIB, buffer[1], 0);
+    until_in_flight(3);
+    if (reading)
+        assert(write(slow, buffer[1], 4 * KIB) == 4 * KIB);
+    assert((reading ? result_of(first) : result_of_write(first)) == 0);
+    struct vm_fault fault = expect(op == VM_OP_DISCARD ? VM_FAULT_DISCARD : VM_FAULT_ZERO);
+    assert(stats().in_flight == 2);
+    vm_answer(engine, fault.id, 0);
+    assert(result_of(discard) == 0 && result_of(late) == 0 && all_bytes(buffer[1], 4 * KIB, 0));
+    tear_down();
+}
+
 int main(void)
 {
     test_drains_from_several_threads();
+    test_a_discard_is_asked_once_nothing_uses_its_clusters(VM_OP_DISCARD, false);
+    test_a_discard_is_asked_once_nothing_uses_its_clusters(VM_OP_DISCARD, true);
+    test_a_discard_is_asked_once_nothing_uses_its_clusters(VM_OP_WRITE_ZEROES, false);
     return 0;
 }
