@@ -107,7 +107,9 @@ static void copy_next(struct vm_engine *engine, struct copy *copy)
                                           .offset = at,
                                           .length = length,
                                           .buf = copy->buf,
+                                          .waits_for_pieces = copy->waits,
                                           .owner = copy};
+            copy->waits = false;
             request_start(engine, &copy->read);
             return;
         }
@@ -137,6 +139,16 @@ void copy_write_done(struct vm_engine *engine, struct copy *copy, int error)
         copy_end(engine, copy, error);
     else
         copy_next(engine, copy);
+}
+
+// Whether a part of the cluster is written in place: what is in flight there belongs into a copy.
+static bool written_in_place(struct vm_engine *engine, struct leaf *leaf, uint64_t start,
+                             uint64_t end)
+{
+    for (uint64_t at = start; at < end; at += 1ULL << engine->map.unit_shift)
+        if (entry_in_place(engine, *map_entry(&engine->map, leaf, at)))
+            return true;
+    return false;
 }
 
 static struct copy *copy_new(struct vm_engine *engine, struct request *request, struct alloc *alloc,
@@ -217,6 +229,7 @@ bool alloc_cluster(struct vm_engine *engine, struct request *request, struct lea
                             .barrier = hides || run.reused,
                             .parts = 1 + copies};
     if (copy) {
+        copy->waits = written_in_place(engine, leaf, start, end);
         request->pieces++;
         engine->stats.copies++;
         copy_next(engine, copy);

@@ -249,7 +249,7 @@ static bool write_unit(struct vm_engine *engine, struct request *request, struct
         request->cursor += length;
         return true;
     }
-    if (entry_kind(entry) == VM_DATA && engine->files[entry_source(entry)].owned) {
+    if (entry_in_place(engine, entry)) {
         uint64_t within = at & ((1ULL << map->unit_shift) - 1);
         walk_piece(engine, request, open, PIECE_WRITE, entry_source(entry),
                    entry_host(entry) + within, length);
@@ -524,6 +524,11 @@ void request_run(struct vm_engine *engine, struct request *request)
         return;
     if (request->op != VM_OP_READ && engine->failed) {
         fail(engine, request, engine->failed);
+        return;
+    }
+    if (request->waits_for_pieces && !request->drained) {
+        request->drained = true;
+        drain_request(engine, request);
         return;
     }
     switch (request->op) {

@@ -135,11 +135,64 @@ static void test_a_discard_is_asked_once_nothing_uses_its_clusters(uint32_t op, 
     tear_down();
 }
 
+/* A cluster may be the top image's in part only.  What is being written there in place belongs
+ * into the copy. */
+static void test_a_copy_waits_for_writes_in_place(void)
+{
+    set_up();
+    begun();
+    hold_writes();
+    struct job *in_place = start(VM_OP_WRITE, 0, 4 * KIB, buffer[0], 0);
+    fill_slow(2);
+    until_submitted(2);
+    struct job *allocating = start(VM_OP_WRITE, 12 * KIB, 4 * KIB, buffer[0], 0);
+    struct vm_fault fault = expect(VM_FAULT_REFILL);
+    vm_pool_add(engine, TOP, 2 * MIB, 4, 0);
+    vm_answer(engine, fault.id, 0);
+    until_in_flight(2);
+    until_submitted(3);  // the data of the second, but no read of the copy
+    assert(stats().host_reads == 0);
+    assert(result_of_write(in_place) == 0);
+    until_submitted(4);
+    memset(buffer[1], 0xc0, sizeof buffer[1]);
+    assert(write(slow, buffer[1], 8 * KIB) == 8 * KIB);
+    assert(result_of(allocating) == 0);
+    assert(vm_io(engine, VM_OP_READ, 0, CLUSTER, buffer[1], 0) == 0);
+    assert(all_bytes(buffer[1], 8 * KIB, 0xc0) && all_bytes(buffer[1] + 8 * KIB, 4 * KIB, 0));
+    assert(all_bytes(buffer[1] + 12 * KIB, 4 * KIB, 0x5a));
+    assert(all_bytes(buffer[1] + 16 * KIB, 48 * KIB, 0));
+    tear_down();
+}
+
+/* The same with the engine stopped while the copy waits. */
+static void test_a_copy_that_waits_ends_with_the_engine(void)
+{
+    set_up();
+    begun();
+    hold_writes();
+    struct job *in_place = start(VM_OP_WRITE, 0, 4 * KIB, buffer[0], 0);
+    fill_slow(2);
+    until_submitted(2);
+    struct job *allocating = start(VM_OP_WRITE, 12 * KIB, 4 * KIB, buffer[0], 0);
+    struct vm_fault fault = expect(VM_FAULT_REFILL);
+    vm_pool_add(engine, TOP, 2 * MIB, 4, 0);
+    vm_answer(engine, fault.id, 0);
+    until_in_flight(2);
+    vm_engine_stop(engine);
+    assert(result_of(allocating) == -ESHUTDOWN);
+    fault = expect(VM_FAULT_LOST);
+    assert(fault.offset == 2 * MIB && fault.length == CLUSTER);
+    assert(result_of_write(in_place) == 0);
+    tear_down();
+}
+
 int main(void)
 {
     test_drains_from_several_threads();
     test_a_discard_is_asked_once_nothing_uses_its_clusters(VM_OP_DISCARD, false);
     test_a_discard_is_asked_once_nothing_uses_its_clusters(VM_OP_DISCARD, true);
     test_a_discard_is_asked_once_nothing_uses_its_clusters(VM_OP_WRITE_ZEROES, false);
+    test_a_copy_waits_for_writes_in_place();
+    test_a_copy_that_waits_ends_with_the_engine();
     return 0;
 }
