@@ -46,6 +46,7 @@ class Case:
     sector: int = 512
     count: int = 60  # requests in the workload
     warmup: int = 0  # write, flush, discard, flush rounds before it, without cuts
+    share: float = 1.0  # of the states that are tried; less where one costs more
     foreign: bool = True  # whether qemu reads such images
     mix: Mix = field(default_factory=Mix)
 
@@ -69,6 +70,7 @@ CASES = (
         512,
         ("cluster_size=512", "refcount_bits=64"),
         filled=1920 * KIB,
+        share=0.4,
         mix=_SMALL,
     ),
     Case("qcow2-v2", "qcow2", 4 * MIB, 4 * KIB, ("cluster_size=4k", "compat=0.10")),

@@ -34,7 +34,7 @@ def test_power_cut(made: Made, seed: int, folder: Path) -> None:
     judge = Judge(made, seed, folder)
     judge.demand("I7: leaks without a cut", made.check(recorded.closed, made.store).leaked)
     replay = recorded.history.replay()
-    found = points(recorded, rng, POINTS)
+    found = points(recorded, rng, round(POINTS * case.share))
     asked = set(rng.sample(range(len(found)), min(FOREIGN, len(found))))
     for i, (epoch, cut) in enumerate(found):
         judge.place = epoch.describe(cut)
