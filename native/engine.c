@@ -51,6 +51,13 @@ int vm_engine_create(const struct vm_config *config, struct vm_engine **ret)
     return 0;
 }
 
+static void command_free(struct command *command)
+{
+    if (command->op != DO_IO)
+        free(command->data);
+    free(command);
+}
+
 static void free_faults(struct fault *fault)
 {
     for (struct fault *next; fault; fault = next) {
@@ -70,6 +77,10 @@ void vm_engine_destroy(struct vm_engine *engine)
     free(engine->zeros);
     free_faults(engine->asked);
     free_faults(engine->faults);
+    for (struct command *command = engine->commands, *next; command; command = next) {
+        next = command->next;
+        command_free(command);  // of an engine that never ran; nobody can be waiting
+    }
     for (struct piece *piece = engine->free_pieces, *next; piece; piece = next) {
         next = piece->next;
         free(piece);
@@ -236,13 +247,6 @@ static bool execute(struct vm_engine *engine, struct command *command)
     return true;
 }
 
-static void command_free(struct command *command)
-{
-    if (command->op != DO_IO)
-        free(command->data);
-    free(command);
-}
-
 static void run_commands(struct vm_engine *engine)
 {
     pthread_mutex_lock(&engine->lock);
@@ -279,7 +283,15 @@ static bool post(struct vm_engine *engine, struct command *command)
     return !ended;
 }
 
-// Wait for the loop to have done it; once the loop has ended do it here, as the only user.
+// The loop has ended: what only it may touch belongs to whoever holds the lock.
+static void execute_ended(struct vm_engine *engine, struct command *command)
+{
+    pthread_mutex_lock(&engine->lock);
+    execute(engine, command);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+// Wait for the loop to have done it; once the loop has ended do it here.
 static int post_and_wait(struct vm_engine *engine, struct command *command)
 {
     command->waits = true;
@@ -288,7 +300,7 @@ static int post_and_wait(struct vm_engine *engine, struct command *command)
         while (sem_wait(&command->done) && errno == EINTR)
             ;
     } else if (command->op != DO_DRAIN && command->op != DO_SERVE) {
-        execute(engine, command);
+        execute_ended(engine, command);
     } else if (command->op == DO_SERVE) {
         command->result = -ESHUTDOWN;
     }
@@ -314,7 +326,7 @@ static int post_copy(struct vm_engine *engine, const struct command *command, co
     }
     if (!post(engine, copy)) {
         if (copy->op == DO_DIRTY_DONE || copy->op == DO_FAILED || copy->op == DO_POOL_ADD)
-            execute(engine, copy);
+            execute_ended(engine, copy);
         command_free(copy);
     }
     return 0;
@@ -368,16 +380,14 @@ static int create_ring(struct vm_engine *engine)
     return io_uring_queue_init_params(RING_ENTRIES, &engine->ring, &params);
 }
 
+// The queue is emptied before the life ends, so that nobody is ever beside us in execute().
 static void end(struct vm_engine *engine)
 {
+    struct command *command;
     pthread_mutex_lock(&engine->lock);
-    engine->life = ENDED;
-    struct command *command = engine->commands;
-    engine->commands = NULL;
-    pthread_cond_broadcast(&engine->faults_ready);
-    pthread_mutex_unlock(&engine->lock);
-    while (command) {
-        struct command *next = command->next;
+    while ((command = engine->commands)) {
+        engine->commands = command->next;
+        pthread_mutex_unlock(&engine->lock);
         if (command->op == DO_SERVE)
             command->result = -ESHUTDOWN;
         else if (command->op != DO_DRAIN)
@@ -386,8 +396,11 @@ static void end(struct vm_engine *engine)
             sem_post(&command->done);
         else
             command_free(command);
-        command = next;
+        pthread_mutex_lock(&engine->lock);
     }
+    engine->life = ENDED;
+    pthread_cond_broadcast(&engine->faults_ready);
+    pthread_mutex_unlock(&engine->lock);
 }
 
 int vm_engine_run(struct vm_engine *engine)
@@ -410,10 +423,8 @@ int vm_engine_run(struct vm_engine *engine)
         if (engine->stopping && idle(engine))
             break;
         int result = io_uring_submit_and_wait(&engine->ring, 1);
-        if (result < 0 && result != -EINTR && result != -EAGAIN && result != -EBUSY) {
-            error = result;
-            break;
-        }
+        if (result < 0 && result != -EINTR && result != -EAGAIN && result != -EBUSY)
+            abort();  // completions are lost: as in next_sqe(), and better than requests that hang
         io_uring_for_each_cqe(&engine->ring, head, cqe) {
             completed(engine, cqe->user_data, cqe->res);
             seen++;
@@ -424,7 +435,7 @@ int vm_engine_run(struct vm_engine *engine)
     io_uring_queue_exit(&engine->ring);
     ublk_close(engine);
     end(engine);
-    return error;
+    return 0;
 }
 
 void vm_engine_stop(struct vm_engine *engine)

@@ -83,7 +83,8 @@ struct vm_config {
 struct vm_engine;
 
 int vm_engine_create(const struct vm_config *config, struct vm_engine **ret);
-/* Everything must have stopped: vm_engine_run has returned.  Files stay open. */
+/* Everything must have stopped: vm_engine_run has returned or was never called, and no other call is
+ * under way.  Files stay open. */
 void vm_engine_destroy(struct vm_engine *engine);
 /* fd: buffered descriptor.  direct_fd: the same file with O_DIRECT, or -1; used for pieces whose
  * offset and length are multiples of direct_align.  owned: the top image's, may be written in place.

@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -39,9 +40,8 @@ static void *run_loop(void *unused)
 
 static int temporary(void)
 {
-    char name[] = "/tmp/vm-test-XXXXXX";
-    int fd = mkstemp(name);
-    assert(fd >= 0 && !unlink(name));
+    int fd = memfd_create("vm-test", MFD_CLOEXEC);
+    assert(fd >= 0);
     return fd;
 }
 
@@ -58,7 +58,7 @@ static void create(const struct vm_config *config)
 {
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
-    alarm(200);  // what hangs is killed, and shows where in the core or the sanitizer's report
+    alarm(60);  // what hangs is killed, and shows where in the core or the sanitizer's report
     file_count = 0;
     assert(vm_engine_create(config, &engine) == 0);
 }
