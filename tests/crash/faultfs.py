@@ -12,9 +12,8 @@ count where a FUSE server answers one with less than there is.)
 
 The server is a process of its own, so the one that is tested may wait for it anywhere.  All caching
 is off: each request of the tested program arrives as it was made (split where it is larger than
-FUSE's largest).  A failed sync
-covers nothing, and no later one covers what that one should have: the kernel may have dropped
-those pages.
+FUSE's largest).  A failed sync covers nothing, and no later one covers what that one should have:
+the kernel may have dropped those pages.
 
 Not seen here: a sync that is asked for while a write that it should cover still runs.  The kernel
 makes FUSE requests that change one file wait for each other.
