@@ -668,3 +668,9 @@ def test_time_of_an_attach(attach: Attach, tmp_path: Path) -> None:
     before = time.monotonic()
     attach(image).detach()
     assert time.monotonic() - before < 30
+
+
+def test_doctor_finds_this_transport_usable() -> None:
+    done = cli("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["transports"][TRANSPORT] is True
