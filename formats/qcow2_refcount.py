@@ -316,21 +316,19 @@ class Refcounts:
         return clusters
 
     def _one(self, draft: Draft) -> int:
+        while self._device and not self._total and self._scanned < self._scan_end:
+            self._scan(SCAN)
+        if self._total:
+            return self._take(draft, 1)[0][0]
         if self._stock:
             self._reach(draft)
             return self._stock.popleft()
-        while not self._total and self._scanned < self._scan_end:
-            self._scan(SCAN)
-            if not self._device:
-                break
-        if self._total:
-            return self._take(draft, 1)[0][0]
         return self._append(draft, 1)
 
     def _append_data(self, draft: Draft, want: int, spare: int) -> list[tuple[int, int]]:
-        # As many tables and blocks as `want` clusters in a row need.
-        stock = 2 + want * 8 // self.cluster_size + want // self._per_block - len(self._stock)
-        stock = max(stock, 0)
+        # As many tables and blocks as `want` clusters in a row need; holes will do for them.
+        stock = 2 + want * 8 // self.cluster_size + want // self._per_block
+        stock = max(0, stock - len(self._stock) - self._total)
         want = min(want, self._most - self.end - stock - spare)
         if want < 1:
             if not self._total:

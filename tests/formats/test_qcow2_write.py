@@ -639,6 +639,45 @@ def test_blocks_and_tables_are_whole_where_the_space_was_stale(tmp_path: Path) -
     check(path)
 
 
+def room_in(image: QCOW2) -> int:
+    """How many clusters a reservation gets: asked, and given back at once."""
+    try:
+        runs = image.reserve(100).runs
+    except OSError:
+        return 0
+    image.release(runs)
+    return sum(run.count for run in runs)
+
+
+def test_what_a_full_device_gave_can_be_mapped(tmp_path: Path) -> None:
+    path = create(tmp_path / "disk.qcow2", 64 * MIB, "cluster_size=512,refcount_bits=64")
+    os.truncate(path, 2 * MIB)
+    with HostFile(path, writable=True) as file:
+        file.is_device = True
+        image = QCOW2(file)
+        hosts: list[int] = []
+        while (room := room_in(image)) > 0:
+            hosts += reserve(image, min(room, 100))[0]
+        with pytest.raises(OSError, match="No space left"):
+            image.reserve(1)
+        assert len(hosts) > 1000
+        assert len(set(hosts)) == len(hosts)
+        new = [Dirty(i * 64, host) for i, host in enumerate(hosts)]  # a table for each
+        execute(image.commit(new), image.files)
+    check(path)
+
+
+def test_only_what_was_reserved_is_mapped(tmp_path: Path) -> None:
+    path = create(tmp_path / "disk.qcow2", MIB)
+    with HostFile(path, writable=True) as file:
+        image = QCOW2(file)
+        offsets, _ = reserve(image, 2)
+        with pytest.raises(ValueError, match="not reserved"):
+            image.commit([Dirty(0, offsets[0]), Dirty(1, offsets[-1] + 65536)])
+        with pytest.raises(OSError, match="an earlier change"):
+            image.commit([Dirty(0, offsets[0])])
+
+
 @pytest.mark.device
 def test_on_a_block_device(tmp_path: Path) -> None:
     """It cannot grow, and what lies behind the image is stale."""
