@@ -135,6 +135,7 @@ struct piece {
     struct alloc *alloc;
     struct copy *copy;
     uint8_t op, mover, epoch;
+    bool direct, refused;   /* goes to the O_DIRECT descriptor; which would not have it */
     uint16_t file, tag;
     uint32_t length;
     uint64_t host;

@@ -33,7 +33,8 @@ static void enter(struct vm_engine *engine, struct piece *piece)
     struct file *file = &engine->files[piece->file];
     uint64_t bits = piece->host | piece->length
                     | (piece->mover == IN_MEMORY ? (uintptr_t)piece->buf : 0);
-    int fd = file->direct_fd >= 0 && !(bits & (file->align - 1)) ? file->direct_fd : file->fd;
+    piece->direct = file->direct_fd >= 0 && !(bits & (file->align - 1)) && !piece->refused;
+    int fd = piece->direct ? file->direct_fd : file->fd;
     bool kernel = piece->mover == IN_KERNEL;
     switch (piece->op) {
     case PIECE_READ:
@@ -72,6 +73,12 @@ void piece_submit(struct vm_engine *engine, struct piece *piece)
 static bool advance(struct vm_engine *engine, struct piece *piece, int *result)
 {
     if (*result == -EINTR || *result == -EAGAIN) {
+        enter(engine, piece);
+        return false;
+    }
+    if (*result == -EINVAL && piece->direct) {
+        // How the memory of a guest's request lies is seen by the host alone.
+        piece->refused = true;
         enter(engine, piece);
         return false;
     }
