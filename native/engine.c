@@ -12,19 +12,31 @@
 
 #define RING_ENTRIES 512
 #define RING_COMPLETIONS 8192
+#define MAX_DISK (1ULL << 62)
+#define MAX_LEAF_UNITS (1u << 23)  // 64 MiB of map
 
 /* user_data: a piece's address, or with the low bits 1 a ublk tag, 2 the event descriptor */
 #define DATA_TAG 1
 #define DATA_EVENT 2
 
+static bool served(const struct vm_config *config)
+{
+    if (config->size % 512 || config->size > MAX_DISK || config->cluster_shift < 9
+        || config->cluster_shift > 40)
+        return false;
+    if (config->flags & VM_FLAT)
+        return config->flat_offset <= INT64_MAX - config->size;
+    if (config->unit_shift < 9 || config->unit_shift > config->cluster_shift
+        || !config->leaf_units || config->leaf_units > MAX_LEAF_UNITS
+        || config->leaf_units & (config->leaf_units - 1))
+        return false;
+    uint64_t leaf = (uint64_t)config->leaf_units << config->unit_shift;
+    return leaf >= 1ULL << config->cluster_shift && leaf >= MAX_IO;
+}
+
 int vm_engine_create(const struct vm_config *config, struct vm_engine **ret)
 {
-    uint64_t leaf = (uint64_t)config->leaf_units << config->unit_shift;
-    bool mapped = !(config->flags & VM_FLAT);
-    if (config->size % 512 || config->cluster_shift < 9 || config->cluster_shift > 40
-        || (mapped && (config->unit_shift < 9 || config->unit_shift > config->cluster_shift
-                       || !config->leaf_units || config->leaf_units & (config->leaf_units - 1)
-                       || leaf < 1ULL << config->cluster_shift || leaf < MAX_IO)))
+    if (!served(config))
         return -EINVAL;
     struct vm_engine *engine = calloc(1, sizeof *engine);
     if (!engine)
@@ -546,6 +558,10 @@ int vm_io(struct vm_engine *engine, uint32_t op, uint64_t offset, uint64_t lengt
 {
     bool data_op = op == VM_OP_READ || op == VM_OP_WRITE;
     int error = 0;
+    // Of the whole, before a part of it is written.
+    if (length > engine->config.size || offset > engine->config.size - length
+        || (offset | length) % 512)
+        return -EINVAL;
     if (!data_op || length <= MAX_IO)
         return one_io(engine, op, offset, length, data, flags);
     for (uint64_t at = 0; at < length && !error; at += MAX_IO) {
