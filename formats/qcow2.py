@@ -302,8 +302,7 @@ class QCOW2(Image):
     def reserve(self, count: int) -> Reservation:
         with self._drafting() as draft:
             try:
-                spare = min(len(self._counts.reserved) + count, self._l1.count(0))
-                runs, reused = self._counts.reserve(draft, max(1, count), spare)
+                runs, reused = self._counts.reserve(draft, max(1, count), self._l1.count(0))
             except OSError:
                 self._failed = False  # nothing has changed
                 raise

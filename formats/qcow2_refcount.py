@@ -272,27 +272,32 @@ class Refcounts:
 
     # Free clusters
 
-    def reserve(self, draft: Draft, want: int, spare: int) -> tuple[list[tuple[int, int]], bool]:
+    def reserve(self, draft: Draft, want: int, tables: int) -> tuple[list[tuple[int, int]], bool]:
         """At least one and about `want` clusters, as (first, count), and whether they are stale.
 
         Stale ones are wiped by the draft, the others read as zeros once it has extended the file.
-        `spare` clusters at least are left over for tables.  Nothing has changed when this raises
-        OSError.
+        Enough is left over for the tables that may be needed to map all that is reserved, of which
+        there are `tables` at most.  Nothing has changed when this raises OSError.
         """
         if self._device:
             blocks = self.end // self._per_block + 1
-            spare += blocks + self._table_clusters(blocks)
-            while self._total < want + spare and self._scanned < self._scan_end:
+            blocks += self._table_clusters(blocks)
+            enough = blocks + len(self.reserved) + 2 * want
+            while self._total < enough and self._scanned < self._scan_end:
                 self._scan(SCAN)
-            if self._total <= spare:
+            want = min(want, self._room(self._total - blocks, tables))
+            if want < 1:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            runs, stale = self._take(draft, min(want, self._total - spare)), True
-        else:
-            self._scan(SCAN)
-            # A handful of holes is not worth a refill that brings no more than them.
-            stale = self._total >= max(1, want // 8)
-            runs = self._take(draft, want) if stale else self._append_data(draft, want, spare)
-        return runs, stale
+            return self._take(draft, want), True
+        self._scan(SCAN)
+        # A handful of holes is not worth a refill that brings no more than them.
+        if self._total >= max(1, want // 8):
+            return self._take(draft, want), True
+        return self._append_data(draft, want, tables), False
+
+    def _room(self, free: int, tables: int) -> int:
+        """How many of `free` clusters may be reserved when each may need a table."""
+        return max((free - len(self.reserved)) // 2, free - tables)
 
     def release(self, first: int, count: int) -> None:
         """Reserved clusters come back.  The plan that reserved them may have failed."""
@@ -325,15 +330,13 @@ class Refcounts:
             return self._stock.popleft()
         return self._append(draft, 1)
 
-    def _append_data(self, draft: Draft, want: int, spare: int) -> list[tuple[int, int]]:
+    def _append_data(self, draft: Draft, want: int, tables: int) -> list[tuple[int, int]]:
         # As many tables and blocks as `want` clusters in a row need; holes will do for them.
         stock = 2 + want * 8 // self.cluster_size + want // self._per_block
         stock = max(0, stock - len(self._stock) - self._total)
-        want = min(want, self._most - self.end - stock - spare)
+        want = min(want, self._room(self._most - self.end - stock, tables))
         if want < 1:
-            if not self._total:
-                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
-            return self._take(draft, 1)
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         if stock:
             first = self._append(draft, stock)
             self._stock.extend(range(first, first + stock))
