@@ -303,6 +303,8 @@ void request_park(struct vm_engine *engine, struct request *request, enum wait w
 void requests_wake(struct vm_engine *engine, enum wait wait, uint64_t wait_for, int error);
 /* Take them out instead: the caller runs or ends them. */
 struct request_list requests_take(struct vm_engine *engine, enum wait wait, uint64_t wait_for);
+/* End it with error as soon as its pieces have ended.  It is in no list. */
+void request_fail(struct vm_engine *engine, struct request *request, int error);
 void request_answered(struct vm_engine *engine, struct request *request, int error);
 void requests_fail_parked(struct vm_engine *engine, int error);
 void list_push(struct request_list *list, struct request *request);

@@ -44,7 +44,7 @@ void request_park(struct vm_engine *engine, struct request *request, enum wait w
     list_push(&engine->parked, request);
 }
 
-static void fail(struct vm_engine *engine, struct request *request, int error)
+void request_fail(struct vm_engine *engine, struct request *request, int error)
 {
     if (!request->error)
         request->error = error;
@@ -80,7 +80,7 @@ void requests_wake(struct vm_engine *engine, enum wait wait, uint64_t wait_for, 
     struct request *request;
     while ((request = list_pop(&taken))) {
         if (error)
-            fail(engine, request, error);
+            request_fail(engine, request, error);
         else
             list_push(&engine->ready, request);
     }
@@ -94,7 +94,7 @@ void requests_fail_parked(struct vm_engine *engine, int error)
         fault->request = NULL;
     engine->exclusive = NULL;
     while ((request = list_pop(&taken)))
-        fail(engine, request, error);
+        request_fail(engine, request, error);
 }
 
 static void leave_exclusive(struct vm_engine *engine, struct request *request)
@@ -327,7 +327,7 @@ static void start_walk(struct vm_engine *engine, struct request *request, uint64
 static void flush(struct vm_engine *engine, struct request *request)
 {
     if (engine->failed) {
-        fail(engine, request, engine->failed);
+        request_fail(engine, request, engine->failed);
         return;
     }
     if (engine->dirty_count || engine->committing_count) {
@@ -507,7 +507,7 @@ void request_answered(struct vm_engine *engine, struct request *request, int err
     if (!error && (request->op == VM_OP_FLUSH || request->step == STEP_DURABLE))
         error = engine->failed;
     if (error) {
-        fail(engine, request, error);
+        request_fail(engine, request, error);
         return;
     }
     request->walked = true;
@@ -517,13 +517,13 @@ void request_answered(struct vm_engine *engine, struct request *request, int err
 void request_run(struct vm_engine *engine, struct request *request)
 {
     if (engine->stopping) {
-        fail(engine, request, -ESHUTDOWN);
+        request_fail(engine, request, -ESHUTDOWN);
         return;
     }
     if (request->origin == FROM_UBLK && !request->prepared && !ublk_prepare(engine, request))
         return;
     if (request->op != VM_OP_READ && engine->failed) {
-        fail(engine, request, engine->failed);
+        request_fail(engine, request, engine->failed);
         return;
     }
     if (request->waits_for_pieces && !request->drained) {
@@ -572,11 +572,11 @@ void request_start(struct vm_engine *engine, struct request *request)
     bool known = request->op <= VM_OP_DISCARD || request->op == VM_OP_WRITE_ZEROES;
     if (request->length > config->size || request->offset > config->size - request->length
         || (request->offset | request->length) % 512)
-        fail(engine, request, -EINVAL);
+        request_fail(engine, request, -EINVAL);
     else if (!known)
-        fail(engine, request, -EOPNOTSUPP);
+        request_fail(engine, request, -EOPNOTSUPP);
     else if (config->flags & VM_READ_ONLY && request->op != VM_OP_READ)
-        fail(engine, request, request->op == VM_OP_FLUSH ? 0 : -EROFS);
+        request_fail(engine, request, request->op == VM_OP_FLUSH ? 0 : -EROFS);
     else
         request_run(engine, request);
 }

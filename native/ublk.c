@@ -118,12 +118,14 @@ static uint8_t *buffer_get(struct ublk *ublk, uint64_t length)
         ublk->free[class] = buffer->next;
         return (uint8_t *)buffer;
     }
-    if (ublk->buffer_bytes + bytes > MAX_BUFFER_BYTES)
+    for (int attempt = 0; attempt < 2; attempt++) {
+        if (ublk->buffer_bytes + bytes <= MAX_BUFFER_BYTES && !posix_memalign(&fresh, 4096, bytes)) {
+            ublk->buffer_bytes += bytes;
+            return fresh;
+        }
         drop_free_buffers(ublk);
-    if (ublk->buffer_bytes + bytes > MAX_BUFFER_BYTES || posix_memalign(&fresh, 4096, bytes))
-        return NULL;
-    ublk->buffer_bytes += bytes;
-    return fresh;
+    }
+    return NULL;
 }
 
 static void buffer_put(struct ublk *ublk, uint8_t *data, uint64_t length)
@@ -139,6 +141,10 @@ bool ublk_prepare(struct vm_engine *engine, struct request *request)
     bool data = request->op == VM_OP_READ || request->op == VM_OP_WRITE;
     if (data && request->mover == IN_MEMORY) {
         uint8_t *buf = buffer_get(&engine->ublk, request->length);
+        if (!buf && !engine->ublk.buffer_bytes) {
+            request_fail(engine, request, -ENOMEM);  // none is in use, so none will come back
+            return false;
+        }
         if (!buf) {
             request_park(engine, request, WAIT_BUFFER, 0);
             return false;
@@ -184,7 +190,10 @@ static void start(struct vm_engine *engine, uint16_t tag)
                                 .length = (uint64_t)descriptor.sectors << 9};
     if (request->op == VM_OP_FLUSH)
         request->offset = request->length = 0;
-    request_start(engine, request);
+    if (request->op <= VM_OP_WRITE && request->length > ublk->max_io)
+        command(engine, COMMIT_AND_FETCH_REQ, tag, -EINVAL);  // no buffer is that long
+    else
+        request_start(engine, request);
 }
 
 void ublk_cqe(struct vm_engine *engine, uint16_t tag, int result)
@@ -200,6 +209,8 @@ void ublk_cqe(struct vm_engine *engine, uint16_t tag, int result)
     ublk->stopping = true;
     if (++ublk->aborted < ublk->depth)
         return;
+    if (ublk->mode == VM_UBLK_AUTO_BUF)
+        io_uring_unregister_buffers(&engine->ring);  // room for those of the next device
     ublk_close(engine);
     fault_tell(engine, VM_FAULT_DEVICE, 0, 0, 0);
 }
@@ -234,8 +245,10 @@ int ublk_serve(struct vm_engine *engine, int fd, uint32_t depth, uint32_t max_io
     ublk->serving = true;
     for (uint32_t tag = 0; tag < depth; tag++)
         command(engine, FETCH_REQ, tag, 0);
-    int submitted = io_uring_submit(&engine->ring);
-    return submitted < 0 ? submitted : 0;
+    // What cannot be submitted now the loop will submit, and START_DEV waits for it.  It is no error:
+    // the descriptor is ours by now.
+    io_uring_submit(&engine->ring);
+    return 0;
 }
 
 void ublk_close(struct vm_engine *engine)

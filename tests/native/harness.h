@@ -30,6 +30,7 @@ enum { KIB = 1 << 10, MIB = 1 << 20, PATIENCE_MS = 20000, MAX_FILES_OPEN = 16 };
 
 static struct vm_engine *engine;
 static pthread_t loop_thread;
+static bool looping;
 static int files[MAX_FILES_OPEN], file_count;
 
 static void *run_loop(void *unused)
@@ -63,9 +64,18 @@ static void create(const struct vm_config *config)
     assert(vm_engine_create(config, &engine) == 0);
 }
 
-static void start_loop(void) { pthread_create(&loop_thread, NULL, run_loop, NULL); }
+static void start_loop(void)
+{
+    looping = true;
+    pthread_create(&loop_thread, NULL, run_loop, NULL);
+}
 
-static void join_loop(void) { pthread_join(loop_thread, NULL); }
+static void join_loop(void)
+{
+    if (looping)
+        pthread_join(loop_thread, NULL);
+    looping = false;
+}
 
 static void destroy(void)
 {
@@ -98,7 +108,7 @@ static void *run_job(void *argument)
     return NULL;
 }
 
-static struct job *start(uint32_t op, uint64_t offset, uint64_t length, void *data, uint32_t flags)
+static struct job *issue(uint32_t op, uint64_t offset, uint64_t length, void *data, uint32_t flags)
 {
     struct job *job = calloc(1, sizeof *job);
     *job = (struct job){.op = op, .flags = flags, .offset = offset, .length = length, .data = data};

@@ -27,9 +27,9 @@ static void set_up(int fd, int direct_fd, uint64_t flat_offset)
 
 static void begun(void)
 {
-    struct job *job = start(VM_OP_WRITE, 0, 0, NULL, 0);
+    struct job *job = issue(VM_OP_WRITE, 0, 0, NULL, 0);
     assert(result_of(job) == 0);  // nothing to write, nothing to begin
-    job = start(VM_OP_WRITE, 32 * KIB, ALIGN, buffer, 0);
+    job = issue(VM_OP_WRITE, 32 * KIB, ALIGN, buffer, 0);
     begin();
     assert(result_of(job) == 0);
 }

@@ -65,7 +65,7 @@ static void fill_slow(uint32_t absent)
 
 static void begun(void)
 {
-    struct job *job = start(VM_OP_WRITE, MIB, 512, buffer[0], 0);
+    struct job *job = issue(VM_OP_WRITE, MIB, 512, buffer[0], 0);
     begin();
     struct vm_fault fault = expect(VM_FAULT_FILL);
     fill_alike(&fault, LEAF_UNITS, UNIT, VM_DATA, TOP);
@@ -95,7 +95,7 @@ static void test_drains_from_several_threads(void)
     int done = 0;
     set_up();
     begun();
-    struct job *reader = start(VM_OP_READ, 0, 4 * KIB, buffer[0], 0);
+    struct job *reader = issue(VM_OP_READ, 0, 4 * KIB, buffer[0], 0);
     fill_slow(CLUSTER / UNIT);
     until_submitted(2);
     for (int i = 0; i < 6; i++)
@@ -116,14 +116,14 @@ static void test_a_discard_is_asked_once_nothing_uses_its_clusters(uint32_t op, 
     set_up();
     begun();
     hold_writes();
-    struct job *first = start(reading ? VM_OP_READ : VM_OP_WRITE, 0, 4 * KIB, buffer[0], 0);
+    struct job *first = issue(reading ? VM_OP_READ : VM_OP_WRITE, 0, 4 * KIB, buffer[0], 0);
     fill_slow(CLUSTER / UNIT);
     until_submitted(2);
-    struct job *discard = start(op, 0, CLUSTER, NULL, 0);
+    struct job *discard = issue(op, 0, CLUSTER, NULL, 0);
     until_in_flight(2);
     expect_none();
     // From now on others keep out, so that it has its turn.
-    struct job *late = start(VM_OP_READ, 8 * KIB, 4 * KIB, buffer[1], 0);
+    struct job *late = issue(VM_OP_READ, 8 * KIB, 4 * KIB, buffer[1], 0);
     until_in_flight(3);
     if (reading)
         assert(write(slow, buffer[1], 4 * KIB) == 4 * KIB);
@@ -142,10 +142,10 @@ static void test_a_copy_waits_for_writes_in_place(void)
     set_up();
     begun();
     hold_writes();
-    struct job *in_place = start(VM_OP_WRITE, 0, 4 * KIB, buffer[0], 0);
+    struct job *in_place = issue(VM_OP_WRITE, 0, 4 * KIB, buffer[0], 0);
     fill_slow(2);
     until_submitted(2);
-    struct job *allocating = start(VM_OP_WRITE, 12 * KIB, 4 * KIB, buffer[0], 0);
+    struct job *allocating = issue(VM_OP_WRITE, 12 * KIB, 4 * KIB, buffer[0], 0);
     struct vm_fault fault = expect(VM_FAULT_REFILL);
     vm_pool_add(engine, TOP, 2 * MIB, 4, 0);
     vm_answer(engine, fault.id, 0);
@@ -170,10 +170,10 @@ static void test_a_copy_that_waits_ends_with_the_engine(void)
     set_up();
     begun();
     hold_writes();
-    struct job *in_place = start(VM_OP_WRITE, 0, 4 * KIB, buffer[0], 0);
+    struct job *in_place = issue(VM_OP_WRITE, 0, 4 * KIB, buffer[0], 0);
     fill_slow(2);
     until_submitted(2);
-    struct job *allocating = start(VM_OP_WRITE, 12 * KIB, 4 * KIB, buffer[0], 0);
+    struct job *allocating = issue(VM_OP_WRITE, 12 * KIB, 4 * KIB, buffer[0], 0);
     struct vm_fault fault = expect(VM_FAULT_REFILL);
     vm_pool_add(engine, TOP, 2 * MIB, 4, 0);
     vm_answer(engine, fault.id, 0);

@@ -140,7 +140,7 @@ static void test_stopped_before_it_ran(void)
     uint8_t data[512];
     create(&config);
     vm_engine_stop(engine);
-    struct job *job = start(VM_OP_READ, 0, 512, data, 0);
+    struct job *job = issue(VM_OP_READ, 0, 512, data, 0);
     start_loop();
     assert(result_of(job) == -ESHUTDOWN);
     join_loop();

@@ -80,7 +80,7 @@ static void set_up(uint32_t flags)
 /* The first write of the session, acknowledged; the leaf's clusters are DATA. */
 static void write_one(void)
 {
-    struct job *job = start(VM_OP_WRITE, 0, 4 * KIB, buffer, 0);
+    struct job *job = issue(VM_OP_WRITE, 0, 4 * KIB, buffer, 0);
     begin();
     struct vm_fault fault = expect(VM_FAULT_FILL);
     fill_alike(&fault, LEAF_UNITS, UNIT, VM_DATA, 0);
@@ -101,10 +101,10 @@ static void test_no_flush_succeeds_once_a_sync_has_failed(void)
 {
     set_up(0);
     write_one();
-    struct job *first = start(VM_OP_FLUSH, 0, 0, NULL, 0);
+    struct job *first = issue(VM_OP_FLUSH, 0, 0, NULL, 0);
     until_started(1);
-    struct job *others[2] = {start(VM_OP_FLUSH, 0, 0, NULL, 0),
-                             start(VM_OP_WRITE, 0, KIB, buffer, VM_IO_FUA)};
+    struct job *others[2] = {issue(VM_OP_FLUSH, 0, 0, NULL, 0),
+                             issue(VM_OP_WRITE, 0, KIB, buffer, VM_IO_FUA)};
     until_in_flight(3);
     end_sync(0, BAD);
     assert(result_of(first) == -EIO);
@@ -125,10 +125,10 @@ static void test_a_flush_is_not_served_by_a_sync_that_began_before_its_write(voi
 {
     set_up(0);
     write_one();
-    struct job *first = start(VM_OP_FLUSH, 0, 0, NULL, 0);
+    struct job *first = issue(VM_OP_FLUSH, 0, 0, NULL, 0);
     until_started(1);
     assert(vm_io(engine, VM_OP_WRITE, 0, KIB, buffer, 0) == 0);
-    struct job *second = start(VM_OP_FLUSH, 0, 0, NULL, 0);
+    struct job *second = issue(VM_OP_FLUSH, 0, 0, NULL, 0);
     until_in_flight(2);
     end_sync(0, GOOD);
     assert(result_of(first) == 0);
@@ -144,10 +144,10 @@ static void test_flushes_that_wait_share_the_next_sync(void)
     struct job *waiting[8];
     set_up(0);
     write_one();
-    struct job *first = start(VM_OP_FLUSH, 0, 0, NULL, 0);
+    struct job *first = issue(VM_OP_FLUSH, 0, 0, NULL, 0);
     until_started(1);
     for (int i = 0; i < 8; i++)
-        waiting[i] = start(VM_OP_FLUSH, 0, 0, NULL, 0);
+        waiting[i] = issue(VM_OP_FLUSH, 0, 0, NULL, 0);
     until_in_flight(9);
     assert(started() == 1);  // one at a time
     end_sync(0, GOOD);
@@ -162,7 +162,7 @@ static void test_flushes_that_wait_share_the_next_sync(void)
 static void test_durable_writes_wait_for_their_sync(uint32_t flags, uint32_t io_flags)
 {
     set_up(flags);
-    struct job *job = start(VM_OP_WRITE, 0, 4 * KIB, buffer, io_flags);
+    struct job *job = issue(VM_OP_WRITE, 0, 4 * KIB, buffer, io_flags);
     begin();
     struct vm_fault fault = expect(VM_FAULT_FILL);
     fill_alike(&fault, LEAF_UNITS, UNIT, VM_DATA, 0);
@@ -171,7 +171,7 @@ static void test_durable_writes_wait_for_their_sync(uint32_t flags, uint32_t io_
     end_sync(0, GOOD);
     assert(result_of(job) == 0);
 
-    job = start(VM_OP_WRITE_ZEROES, KIB, 2 * CLUSTER, NULL, io_flags);
+    job = issue(VM_OP_WRITE_ZEROES, KIB, 2 * CLUSTER, NULL, io_flags);
     fault = expect(VM_FAULT_ZERO);
     assert(fault.offset == CLUSTER && fault.length == CLUSTER && started() == 1);
     vm_answer(engine, fault.id, 0);
@@ -180,7 +180,7 @@ static void test_durable_writes_wait_for_their_sync(uint32_t flags, uint32_t io_
     end_sync(1, GOOD);
     assert(result_of(job) == 0);
 
-    job = start(VM_OP_WRITE_ZEROES, 2 * CLUSTER, CLUSTER, NULL, io_flags | VM_IO_NOUNMAP);
+    job = issue(VM_OP_WRITE_ZEROES, 2 * CLUSTER, CLUSTER, NULL, io_flags | VM_IO_NOUNMAP);
     until_started(3);
     assert(stats().in_flight == 1 && stats().host_writes == 1 + 2 + 1);
     end_sync(2, BAD);
@@ -193,7 +193,7 @@ static void test_after_an_allocation_the_pager_is_asked(void)
 {
     struct vm_dirty dirty[4];
     set_up(VM_WRITETHROUGH);
-    struct job *job = start(VM_OP_WRITE, 0, 4 * KIB, buffer, 0);
+    struct job *job = issue(VM_OP_WRITE, 0, 4 * KIB, buffer, 0);
     begin();
     struct vm_fault fault = expect(VM_FAULT_FILL);
     fill_alike(&fault, LEAF_UNITS, UNIT, VM_ABSENT, 0);
@@ -203,7 +203,7 @@ static void test_after_an_allocation_the_pager_is_asked(void)
     fault = expect(VM_FAULT_FLUSH);
     assert(stats().in_flight == 1);
     assert(vm_dirty_take(engine, dirty, 4) == 1 && dirty[0].cluster == 0);
-    struct job *other = start(VM_OP_WRITE, 0, 4 * KIB, buffer, 0);  // mapped by now
+    struct job *other = issue(VM_OP_WRITE, 0, 4 * KIB, buffer, 0);  // mapped by now
     struct vm_fault second = expect(VM_FAULT_FLUSH);
     vm_dirty_done(engine, 0);
     vm_answer(engine, fault.id, 0);
@@ -228,7 +228,7 @@ static void test_the_engine_syncs_an_open_file_of_its_own(void)
     struct stat theirs, ours;
     set_up(0);
     write_one();
-    struct job *flush = start(VM_OP_FLUSH, 0, 0, NULL, 0);
+    struct job *flush = issue(VM_OP_FLUSH, 0, 0, NULL, 0);
     until_started(1);
     assert(!fstat(files[0], &theirs) && !fstat(syncs[0].fd, &ours));
     assert(theirs.st_dev == ours.st_dev && theirs.st_ino == ours.st_ino);
@@ -242,9 +242,9 @@ static void test_stop_ends_flushes(void)
 {
     set_up(0);
     write_one();
-    struct job *first = start(VM_OP_FLUSH, 0, 0, NULL, 0);
+    struct job *first = issue(VM_OP_FLUSH, 0, 0, NULL, 0);
     until_started(1);
-    struct job *second = start(VM_OP_FLUSH, 0, 0, NULL, 0);
+    struct job *second = issue(VM_OP_FLUSH, 0, 0, NULL, 0);
     until_in_flight(2);
     vm_engine_stop(engine);
     assert(result_of(second) == -ESHUTDOWN);

@@ -64,9 +64,9 @@ static int expected(enum end end, int error)
 static void leaf(enum end end)
 {
     set_up();
-    struct job *job = start(VM_OP_READ, 0, 8 * KIB, buffer[0], 0);
+    struct job *job = issue(VM_OP_READ, 0, 8 * KIB, buffer[0], 0);
     struct vm_fault fault = expect(VM_FAULT_FILL);
-    struct job *other = start(VM_OP_READ, 512 * KIB, 4 * KIB, buffer[1], 0);
+    struct job *other = issue(VM_OP_READ, 512 * KIB, 4 * KIB, buffer[1], 0);
     until_in_flight(2);
     expect_none();  // one question for both
     if (end == ERROR)
@@ -80,7 +80,7 @@ static void leaf(enum end end)
     int result = end == FAILED ? 0 : expected(end, -ENXIO);
     assert(result_of(job) == result && result_of(other) == result);
     if (end == ERROR) {
-        job = start(VM_OP_READ, 0, 4 * KIB, buffer[0], 0);  // asked again
+        job = issue(VM_OP_READ, 0, 4 * KIB, buffer[0], 0);  // asked again
         fill(VM_ZERO, 0);
         assert(result_of(job) == 0 && all_bytes(buffer[0], 4 * KIB, 0));
     }
@@ -93,7 +93,7 @@ static void leaf_too_short(void)
 {
     uint64_t entries[4] = {0};
     set_up();
-    struct job *job = start(VM_OP_READ, 0, 8 * KIB, buffer[0], 0);
+    struct job *job = issue(VM_OP_READ, 0, 8 * KIB, buffer[0], 0);
     struct vm_fault fault = expect(VM_FAULT_FILL);
     vm_fill(engine, fault.id, entries, 4, 0);
     assert(result_of(job) == -EINVAL);
@@ -103,7 +103,7 @@ static void leaf_too_short(void)
 static void inflated(enum end end)
 {
     set_up();
-    struct job *job = start(VM_OP_READ, 60 * KIB, 8 * KIB, buffer[0], 0);
+    struct job *job = issue(VM_OP_READ, 60 * KIB, 8 * KIB, buffer[0], 0);
     fill(VM_COMPRESSED, 1);
     struct vm_fault fault = expect(VM_FAULT_INFLATE);
     assert(fault.offset == 60 * KIB && fault.arg == 1);
@@ -130,7 +130,7 @@ static void inflated(enum end end)
 static void inflated_elsewhere(void)
 {
     set_up();
-    struct job *job = start(VM_OP_READ, 0, 8 * KIB, buffer[0], 0);
+    struct job *job = issue(VM_OP_READ, 0, 8 * KIB, buffer[0], 0);
     fill(VM_COMPRESSED, 1);
     struct vm_fault fault = expect(VM_FAULT_INFLATE);
     vm_inflated(engine, fault.id, CLUSTER, buffer[1], CLUSTER, 0);
@@ -141,9 +141,9 @@ static void inflated_elsewhere(void)
 static void beginning(enum end end)
 {
     set_up();
-    struct job *jobs[3] = {start(VM_OP_WRITE, 0, 8 * KIB, buffer[0], 0),
-                           start(VM_OP_WRITE_ZEROES, MIB, MIB, NULL, 0),
-                           start(VM_OP_DISCARD, 0, MIB, NULL, 0)};
+    struct job *jobs[3] = {issue(VM_OP_WRITE, 0, 8 * KIB, buffer[0], 0),
+                           issue(VM_OP_WRITE_ZEROES, MIB, MIB, NULL, 0),
+                           issue(VM_OP_DISCARD, 0, MIB, NULL, 0)};
     struct vm_fault fault = expect(VM_FAULT_BEGIN);
     until_in_flight(3);
     expect_none();
@@ -165,7 +165,7 @@ static void beginning(enum end end)
     for (int i = 0; i < 3; i++)
         assert(result_of(jobs[i]) == expected(end, -ENOSPC));
     if (end == ERROR) {  // the next write asks again
-        struct job *job = start(VM_OP_WRITE, 0, 8 * KIB, buffer[0], 0);
+        struct job *job = issue(VM_OP_WRITE, 0, 8 * KIB, buffer[0], 0);
         begin();
         fill(VM_DATA, 0);
         assert(result_of(job) == 0);
@@ -176,11 +176,11 @@ static void beginning(enum end end)
 static void pool(enum end end)
 {
     set_up();
-    struct job *job = start(VM_OP_WRITE, 0, 8 * KIB, buffer[0], 0);
+    struct job *job = issue(VM_OP_WRITE, 0, 8 * KIB, buffer[0], 0);
     begin();
     fill(VM_ABSENT, 0);
     struct vm_fault fault = expect(VM_FAULT_REFILL);
-    struct job *other = start(VM_OP_WRITE, 512 * KIB, 200 * KIB, buffer[0], 0);
+    struct job *other = issue(VM_OP_WRITE, 512 * KIB, 200 * KIB, buffer[0], 0);
     until_in_flight(2);
     expect_none();
     if (end == FAILED)
@@ -202,7 +202,7 @@ static void pool(enum end end)
 static void pool_partly(void)
 {
     set_up();
-    struct job *job = start(VM_OP_WRITE, 0, 2 * CLUSTER, buffer[0], 0);
+    struct job *job = issue(VM_OP_WRITE, 0, 2 * CLUSTER, buffer[0], 0);
     begin();
     fill(VM_ABSENT, 0);
     struct vm_fault fault = expect(VM_FAULT_REFILL);
@@ -222,14 +222,14 @@ static void pool_partly(void)
 static void busy(enum end end)
 {
     set_up();
-    struct job *first = start(VM_OP_WRITE, 4 * KIB, 4 * KIB, buffer[0], 0);
+    struct job *first = issue(VM_OP_WRITE, 4 * KIB, 4 * KIB, buffer[0], 0);
     begin();
     fill(VM_COMPRESSED, 1);
     refill(4);
     struct vm_fault fault = expect(VM_FAULT_INFLATE);  // of the copy
-    struct job *second = start(VM_OP_WRITE, 12 * KIB, 4 * KIB, buffer[0], 0);
-    struct job *discard = start(VM_OP_DISCARD, 0, MIB, NULL, 0);
-    struct job *reader = start(VM_OP_READ, MIB, 4 * KIB, buffer[1], 0);
+    struct job *second = issue(VM_OP_WRITE, 12 * KIB, 4 * KIB, buffer[0], 0);
+    struct job *discard = issue(VM_OP_DISCARD, 0, MIB, NULL, 0);
+    struct job *reader = issue(VM_OP_READ, MIB, 4 * KIB, buffer[1], 0);
     fill(VM_ZERO, 0);  // others go on
     assert(result_of(reader) == 0);
     until_in_flight(3);
@@ -280,14 +280,14 @@ static void busy(enum end end)
 static void range(uint32_t op, enum end end)
 {
     set_up();
-    struct job *zero = start(op, CLUSTER, CLUSTER, NULL, 0);
+    struct job *zero = issue(op, CLUSTER, CLUSTER, NULL, 0);
     begin();
     struct vm_fault fault = expect(op == VM_OP_DISCARD ? VM_FAULT_DISCARD : VM_FAULT_ZERO);
     assert(fault.offset == CLUSTER && fault.length == CLUSTER);
-    struct job *waiting[3] = {start(VM_OP_READ, 60 * KIB, 8 * KIB, buffer[0], 0),
-                              start(VM_OP_WRITE, 124 * KIB, 8 * KIB, buffer[1], 0),
-                              start(op, 0, 4 * CLUSTER, NULL, 0)};
-    struct job *before = start(VM_OP_READ, 0, CLUSTER, buffer[2], 0);
+    struct job *waiting[3] = {issue(VM_OP_READ, 60 * KIB, 8 * KIB, buffer[0], 0),
+                              issue(VM_OP_WRITE, 124 * KIB, 8 * KIB, buffer[1], 0),
+                              issue(op, 0, 4 * CLUSTER, NULL, 0)};
+    struct job *before = issue(VM_OP_READ, 0, CLUSTER, buffer[2], 0);
     fill(VM_DATA, 0);
     assert(result_of(before) == 0);
     assert(vm_io(engine, VM_OP_WRITE, 2 * CLUSTER, CLUSTER, buffer[2], 0) == 0);
@@ -319,13 +319,13 @@ static void range(uint32_t op, enum end end)
 static void flush_answered(enum end end)
 {
     set_up();
-    struct job *write = start(VM_OP_WRITE, 0, CLUSTER, buffer[0], 0);
+    struct job *write = issue(VM_OP_WRITE, 0, CLUSTER, buffer[0], 0);
     begin();
     fill(VM_ABSENT, 0);
     refill(4);
     assert(result_of(write) == 0);
-    struct job *flushes[2] = {start(VM_OP_FLUSH, 0, 0, NULL, 0),
-                              start(VM_OP_WRITE, 0, KIB, buffer[0], VM_IO_FUA)};
+    struct job *flushes[2] = {issue(VM_OP_FLUSH, 0, 0, NULL, 0),
+                              issue(VM_OP_WRITE, 0, KIB, buffer[0], VM_IO_FUA)};
     struct vm_fault first = expect(VM_FAULT_FLUSH), second = expect(VM_FAULT_FLUSH);
     if (end == FAILED)
         vm_set_failed(engine, -EIO);
