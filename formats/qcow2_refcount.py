@@ -316,19 +316,26 @@ class Refcounts:
 
     def allocate(self, draft: Draft, want: int) -> list[int]:
         """Exactly `want` clusters for tables that the draft writes; they read as zeros."""
-        clusters = [self._one(draft) for _ in range(want)]
+        clusters = self._some(draft, want)
         self.use(draft, clusters)
         return clusters
 
-    def _one(self, draft: Draft) -> int:
-        while self._device and not self._total and self._scanned < self._scan_end:
+    def _some(self, draft: Draft, want: int) -> list[int]:
+        """Exactly `want` clusters, reserved: holes first, then the stock, then the file grows."""
+        while self._device and self._total < want and self._scanned < self._scan_end:
             self._scan(SCAN)
+        clusters: list[int] = []
         if self._total:
-            return self._take(draft, 1)[0][0]
-        if self._stock:
+            for first, count in self._take(draft, want):
+                clusters += range(first, first + count)
+        while self._stock and len(clusters) < want:
             self._reach(draft)
-            return self._stock.popleft()
-        return self._append(draft, 1)
+            clusters.append(self._stock.popleft())
+        left = want - len(clusters)
+        if left:
+            first = self._append(draft, left)
+            clusters += range(first, first + left)
+        return clusters
 
     def _append_data(self, draft: Draft, want: int, tables: int) -> list[tuple[int, int]]:
         # As many tables and blocks as `want` clusters in a row need; holes will do for them.
@@ -464,7 +471,7 @@ class Refcounts:
             before = len(used)
             if block >= len(self._table):
                 used += self._enlarge_table(draft, block)
-            used.append(self._one(draft))
+            used += self._some(draft, 1)
             self._table[block] = used[-1] * self.cluster_size
             self._entries.add(block)
             self._new_blocks.add(block)
