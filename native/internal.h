@@ -253,8 +253,6 @@ void map_publish(struct map *map, uint64_t cluster, uint32_t file, uint64_t host
 
 /* pool.c */
 bool pool_take(struct pool *pool, uint32_t cluster_shift, struct pool_run *ret);
-/* The next cluster that pool_take would give continues that one. */
-bool pool_continues(const struct pool *pool, uint32_t file, uint64_t host);
 int pool_add(struct pool *pool, uint32_t cluster_shift, uint32_t file, uint64_t host, uint64_t count,
              bool reused);
 uint32_t pool_take_runs(struct pool *pool, uint32_t cluster_shift, struct vm_range *ret,

@@ -23,12 +23,6 @@ bool pool_take(struct pool *pool, uint32_t cluster_shift, struct pool_run *ret)
     return true;
 }
 
-bool pool_continues(const struct pool *pool, uint32_t file, uint64_t host)
-{
-    const struct pool_run *run = &pool->runs[pool->first];
-    return pool->count && run->file == file && run->host == host;
-}
-
 int pool_add(struct pool *pool, uint32_t cluster_shift, uint32_t file, uint64_t host, uint64_t count,
              bool reused)
 {
