@@ -1,0 +1,268 @@
+"""Hostile VDI images."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from tests.corpus.bases import KIB, MIB, Base
+from tests.corpus.mutations import ANY, OPENS, PART, Edit, Field, Mutation, Writes, grid, nothing
+
+DISCARDED, NEVER = 0xFFFFFFFE, 0xFFFFFFFF
+U32 = 0xFFFFFFFF
+
+FIELDS = (
+    Field("signature", 64, 4, r"header\+64", {}),
+    Field("version", 68, 4, r"header\+68", {0x00010000: r"header\+68", 0x00010001: OPENS}),
+    # What is behind the fields that we know is skipped; the map must not lie in there.
+    Field(
+        "header_size",
+        72,
+        4,
+        r"header\+340",
+        {
+            0: r"header\+72",
+            1: r"header\+72",
+            383: r"header\+72",
+            384: OPENS,
+            440: OPENS,  # up to the map at 512
+            441: r"header\+340",
+        },
+    ),
+    Field("type", 76, 4, r"header\+76", {1: OPENS, 2: OPENS, 3: "undo", 4: "differencing"}),
+    Field("flags", 80, 4, OPENS, {}),
+    Field(
+        "map_offset",
+        340,
+        4,
+        r"header\+340",
+        {0: "inside the header", 1: "multiple of 512", 512: OPENS, 1024: r"header\+344"},
+    ),
+    Field(
+        "data_offset",
+        344,
+        4,
+        r"header\+344",
+        {
+            0: r"header\+344",
+            512: r"header\+344",
+            513: "multiple of 512",
+            1024: OPENS,
+            # The file then ends inside of the last block.
+            1536: (OPENS, OPENS),
+            1 << 31: (OPENS, "past the end"),
+            U32 - 511: (OPENS, "past the end"),
+        },
+    ),
+    Field("sector_size", 360, 4, OPENS, {}),
+    Field(
+        "disk_size",
+        368,
+        8,
+        r"header\+384",
+        {0: r"header\+368", 1: OPENS, 511: OPENS, 8 * MIB - 1: OPENS, 8 * MIB + 1: r"header\+384"},
+    ),
+    Field(
+        "block_size",
+        376,
+        4,
+        r"header\+376",
+        {
+            512: r"header\+376",
+            2048: r"header\+376",
+            4096: r"header\+384",  # then 8 blocks are too few
+            MIB - 1: r"header\+376",
+            MIB: OPENS,
+            2 * MIB: (OPENS, "past the end"),
+            256 * MIB: (OPENS, "past the end"),
+            512 * MIB: r"header\+376",
+        },
+    ),
+    Field("block_extra", 380, 4, r"header\+380", {0: OPENS, 512: r"header\+380"}),
+    Field(
+        "blocks",
+        384,
+        4,
+        r"header\+384",
+        {
+            7: r"header\+384",
+            9: OPENS,
+            128: OPENS,  # a map of 512 bytes, up to the data
+            129: r"header\+344",
+            1 << 26: r"header\+340",  # a map longer than the file
+            (1 << 26) + 1: r"header\+384",
+        },
+    ),
+    Field("blocks_allocated", 388, 4, OPENS, {4: OPENS}),
+)
+# Of these the guest's bytes are others.
+MOVED = {("data_offset", 1536), ("data_offset", 1 << 31), ("data_offset", U32 - 511)}
+MOVED |= {("block_size", 2 * MIB), ("block_size", 256 * MIB)}
+# Map entries behind the disk's end are 0, which is one more owner of block 0.
+TWICE = {("blocks", 9), ("blocks", 128)}
+
+
+def put(offset: int, value: int, width: int = 4) -> Edit:
+    return lambda base: [(offset, value.to_bytes(width, "little"))]
+
+
+def entry(index: int, value: int) -> Edit:
+    return lambda base: [(base.at["map"] + 4 * index, struct.pack("<I", value))]
+
+
+def header(**changes: int) -> list[tuple[int, bytes]]:
+    known = {field.name: field for field in FIELDS}
+    return [
+        (known[name].offset, value.to_bytes(known[name].width, "little"))
+        for name, value in changes.items()
+    ]
+
+
+def with_map(entries: bytes, block_size: int, **changes: int) -> Edit:
+    """A map of any length at 1 MiB, the data behind it."""
+    count = len(entries) // 4
+    data = -(-(MIB + len(entries)) // MIB) * MIB
+    fields = {
+        "map_offset": MIB,
+        "data_offset": data,
+        "blocks": count,
+        "block_size": block_size,
+        "disk_size": count * block_size,
+        **changes,
+    }
+    return lambda base: [*header(**fields), (MIB, entries)]
+
+
+def mutations() -> Iterator[Mutation]:
+    for field, value, read, write in grid(FIELDS):
+        place = (field.name, value)
+        if place in TWICE:
+            read = write = "another owner"
+        yield Mutation(
+            f"vdi: {field.name}={value:#x}",
+            "vdi",
+            put(field.offset, value, field.width),
+            read,
+            write,
+            guest=place not in MOVED,
+        )
+    for name, offset in (("linkage uuid", 424), ("parent's uuid", 440)):
+        yield Mutation(
+            f"vdi: {name}", "vdi", put(offset, 1 << 127, 16), rf"header\+{offset}.*parent"
+        )
+    yield from maps()
+    yield from files()
+    yield from large()
+
+
+def maps() -> Iterator[Mutation]:
+    for value, read in (
+        (8, "map entry 1 at 516: block 8"),
+        (1 << 31, "map entry 1 at 516: block 2147483648"),
+        (0xFFFFFFFD, "map entry 1 at 516: block 4294967293"),
+        (0, "map entry 3.*another owner"),  # block 5 has file block 0, block 3 has 1
+        (DISCARDED, OPENS),
+        (NEVER, OPENS),
+    ):
+        yield Mutation(
+            f"vdi: map[1]={value:#x}",
+            "vdi",
+            entry(1, value),
+            read if value else "map entry 5 at 532: block 0 has another owner",
+        )
+    # The file ends before the block: its clusters read as EIO, and it is not written.
+    yield Mutation("vdi: map[1] past the end", "vdi", entry(1, 7), OPENS, "past the end", (1,))
+    yield Mutation(
+        "vdi: all map entries 0", "vdi", lambda base: [(512, bytes(32))], "another owner"
+    )
+    yield Mutation(
+        "vdi: all map entries discarded",
+        "vdi",
+        lambda base: [(512, struct.pack("<I", DISCARDED) * 8)],
+        guest=False,
+    )
+    yield Mutation(
+        "vdi: the map is the header",
+        "vdi",
+        put(340, 0),
+        "inside the header",
+    )
+    yield Mutation(
+        "vdi: the map lies in the data",
+        "vdi",
+        lambda base: header(map_offset=1024 + 64 * KIB),
+        r"header\+344",
+    )
+    yield Mutation(
+        "vdi: fixed, but its map is out of order",
+        "vdi-fixed",
+        lambda base: [(512, struct.pack("<III", 2, 1, 0))],
+        guest=False,
+    )
+    yield Mutation("vdi: fixed, with a hole", "vdi-fixed", entry(1, NEVER), OPENS)
+
+
+def files() -> Iterator[Mutation]:
+    """Cut short, lengthened."""
+    for size, read, write in (
+        (0, ANY, ANY),
+        (1, ANY, ANY),
+        (64, ANY, ANY),
+        (68, ANY, ANY),
+        (455, ANY, ANY),
+        (511, r"byte 0: 512 bytes wanted", None),
+        (512, r"header\+340: map ends", None),
+        (543, r"header\+340: map ends", None),
+    ):
+        yield Mutation(f"vdi: cut at {size}", "vdi", nothing, read, write, size=size)
+    yield Mutation(
+        "vdi: cut in the last block",
+        "vdi",
+        nothing,
+        size=1024 + 3 * MIB + 64 * KIB,
+    )
+    yield Mutation("vdi: 8 TiB of file", "vdi", nothing, size=1 << 43)
+
+
+def large() -> Iterator[Mutation]:
+    """Few bytes that could ask for much time or memory; 64 MiB of them are the most."""
+    most = 16 * MIB // PART  # entries of a map of 64 MiB
+
+    def backwards(base: Base) -> Writes:
+        entries = b"".join(
+            struct.pack(f"<{64 * KIB}I", *range(high - 1, high - 1 - 64 * KIB, -1))
+            for high in range(most, 0, -64 * KIB)
+        )
+        return with_map(entries, 4096)(base)
+
+    yield Mutation(
+        "vdi: many blocks, every second discarded",
+        "vdi",
+        lambda base: with_map(struct.pack("<II", NEVER, DISCARDED) * (most // 2), 4096)(base),
+        guest=False,
+    )
+    yield Mutation(
+        "vdi: 64 Mi blocks, a sparse map",
+        "vdi",
+        lambda base: header(
+            map_offset=MIB,
+            data_offset=257 * MIB,
+            blocks=1 << 26,
+            block_size=4096,
+            disk_size=1 << 38,
+        ),
+        "another owner",
+        size=258 * MIB,
+    )
+
+    def last_of_many(base: Base) -> Writes:
+        entries = bytearray(b"\xff" * 64 * MIB)
+        entries[-4:] = struct.pack("<I", 16 * MIB - 1)
+        return with_map(bytes(entries), 4096)(base)
+
+    yield Mutation(
+        "vdi: a disk of 16 PiB",
+        "vdi",
+        lambda base: header(disk_size=1 << 54),
+        r"header\+384",
+    )
