@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from virtmount.errors import Busy, Corrupt, NotAnImage
+from virtmount.patches import Patches
 from virtmount.plan import Extend, Plan, Punch, Truncate, Write
 
 # qemu's image locking (its docs, "image locking"): a read lock on 100+i says "I use permission i",
@@ -33,21 +34,6 @@ _fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-class _Zeros:
-    """As many zeros as wanted, without the memory for them."""
-
-    __slots__ = ("_length",)
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, part: slice) -> bytes:
-        return bytes(len(range(*part.indices(self._length))))
-
-
 class HostFile:
     """One open file or block device.  str() is its path, for messages.
 
@@ -57,8 +43,7 @@ class HostFile:
     def __init__(self, path: str | os.PathLike[str], *, writable: bool = False, lock: bool = True):
         self.path = Path(path)
         self.writable = writable
-        self._patches: list[tuple[int, bytes | _Zeros]] = []
-        self._patched_size = 0
+        self._patches = Patches()
         # O_NONBLOCK: opening a FIFO must fail below, not wait for a writer.
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
         self.fd = os.open(path, flags)
@@ -94,7 +79,7 @@ class HostFile:
         """Bytes in the file now (in-memory patches included)."""
         if self.is_device:
             return os.lseek(self.fd, 0, os.SEEK_END)
-        return max(os.fstat(self.fd).st_size, self._patched_size)
+        return max(os.fstat(self.fd).st_size, self._patches.end)
 
     def pread(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes at `offset`; Corrupt if the file ends before."""
@@ -120,29 +105,19 @@ class HostFile:
             at += len(part)
             left -= len(part)
         data = parts[0] if len(parts) == 1 else b"".join(parts)
-        if not self._patches:
-            return data
-        patched = bytearray(data)
-        for start, patch in self._patches:
-            low, high = max(start, offset), min(start + len(patch), offset + length)
-            if low < high:
-                patched[low - offset : high - offset] = patch[low - start : high - start]
-        return bytes(patched)
+        return self._patches.applied(offset, data)
 
     def patch(self, offset: int, data: bytes) -> None:
         """Let later reads see `data` at `offset` without writing it: a log replayed in memory."""
-        self._patches.append((offset, bytes(data)))
-        self._patched_size = max(self._patched_size, offset + len(data))
+        self._patches.put(offset, bytes(data))
 
     def patch_zeros(self, offset: int, length: int) -> None:
         """The same with `length` zeros, however many."""
-        self._patches.append((offset, _Zeros(length)))
-        self._patched_size = max(self._patched_size, offset + length)
+        self._patches.put_zeros(offset, length)
 
     def unpatch(self) -> None:
         """Forget all patches: the file itself says it all now."""
         self._patches.clear()
-        self._patched_size = 0
 
     def lock(self) -> None:
         """Take the locks that qemu and virtmount respect; Busy if somebody holds against us."""

@@ -895,6 +895,14 @@ def large() -> Iterator[Mutation]:
             *bigger(64 * tib, 256 * MIB, 96 * MIB, 3 * MIB)(base),
         ]
 
+    yield Mutation(
+        "vhdx-logged: 16384 changes and a long BAT",
+        "vhdx-logged",
+        patched_and_large,
+        guest=False,
+        size=100 * MIB,
+    )
+
     def overlapping(base: Base) -> bytes:
         """Headers of entries without number, each said to be as long as the ring."""
         head = log_entry(base, [], length=64 * MIB, flushed=8 * MIB)[:64].ljust(4096, b"\0")

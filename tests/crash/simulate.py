@@ -21,6 +21,7 @@ from pathlib import Path
 
 from virtmount.errors import Corrupt
 from virtmount.hostfile import HostFile
+from virtmount.patches import Patches
 
 CHUNK = 4096
 SECTOR = 512  # what a disk writes wholly or not at all
@@ -427,8 +428,7 @@ class SimulatedFile(HostFile):
         self.store = store
         self.log = log
         self.before = before
-        self._patches = []
-        self._patched_size = 0
+        self._patches = Patches()
 
     @property
     def patched(self) -> bool:
@@ -437,20 +437,12 @@ class SimulatedFile(HostFile):
 
     @property
     def size(self) -> int:
-        return max(self.store.size, self._patched_size)
+        return max(self.store.size, self._patches.end)
 
     def pread_padded(self, offset: int, length: int) -> bytes:
         if offset < 0 or length < 0 or offset + length >= 1 << 63:
             raise Corrupt(self, f"byte {offset}", f"{length} bytes wanted, no file is that long")
-        data = self.store.read(offset, length)
-        if not self._patches:
-            return data
-        patched = bytearray(data)
-        for start, patch in self._patches:
-            low, high = max(start, offset), min(start + len(patch), offset + length)
-            if low < high:
-                patched[low - offset : high - offset] = patch[low - start : high - start]
-        return bytes(patched)
+        return self._patches.applied(offset, self.store.read(offset, length))
 
     def lock(self) -> None:
         pass

@@ -17,7 +17,8 @@ SPINE = {"errors", "plan", "image", "hostfile"}
 ALLOWED = {
     "virtmount.errors": set[str](),
     "virtmount.plan": set[str](),
-    "virtmount.hostfile": {"errors", "plan"},
+    "virtmount.hostfile": {"errors", "patches", "plan"},
+    "virtmount.patches": set[str](),
     "virtmount.image": {"errors", "hostfile", "plan"},
     "virtmount.engine": {"errors", "image", "_engine"},
     "virtmount.disk": SPINE | {"engine"},
