@@ -17,7 +17,8 @@ What the file says while it is written, and why:
 4. At end() no block below the count is unmapped: two programs that compare the count with
    different things (the number of mapped blocks, the next free one) then both find it right.
    Freed blocks at the end of the file are cut off.  Those in the middle are punched and given to
-   guest blocks that hold nothing: they read as zeros as before.
+   guest blocks that hold nothing: they read as zeros as before.  Where there
+   are more than MAX_HOLES of them they stay, at the cost of a complaint of `qemu-img check`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ LEAF = 1024  # entries
 MIN_BLOCK = 4096
 MAX_BLOCK = 256 << 20
 MAX_BLOCKS = 1 << 26  # 64 TiB of 1 MiB blocks; a 256 MiB map
+MAX_HOLES = 1 << 16  # that one session fills
 SCAN = 1 << 16  # bytes of map looked at in one go
 NO_UUID = bytes(16)
 
@@ -195,13 +197,13 @@ class VDI(Image):
 
         Two owners of one block cannot both be right, so nothing is served then.
         """
-        use = self._use
+        use, blocks = self._use, self._blocks
         in_order = 0  # entries
-        for first, entries in self._entries(0, self._blocks):
+        for first, entries in self._entries(0, blocks):
             start, end = entries[0], entries[0] + len(entries)
             # Most stretches of most maps are runs.
             if (
-                end <= self._blocks
+                end <= blocks
                 and entries == array("I", range(start, end))
                 and use.find(MAPPED, start, end) < 0
             ):
@@ -211,13 +213,16 @@ class VDI(Image):
             for index, block in enumerate(entries, first):
                 if block >= DISCARDED:
                     continue
-                place = f"map entry {index} at {self._map_offset + index * ENTRY}"
-                if block >= self._blocks:
-                    raise Corrupt(self._file, place, f"block {block}, know 0 to {self._blocks - 1}")
-                if use[block]:
-                    raise Corrupt(self._file, place, f"block {block} has another owner as well")
+                if block >= blocks or use[block]:
+                    raise self._wrong_entry(index, block)
                 use[block] = MAPPED
-        return in_order == self._blocks
+        return in_order == blocks
+
+    def _wrong_entry(self, index: int, block: int) -> Corrupt:
+        text = f"block {block} has another owner as well"
+        if block >= self._blocks:
+            text = f"block {block}, know 0 to {self._blocks - 1}"
+        return Corrupt(self._file, f"map entry {index} at {self._map_offset + index * ENTRY}", text)
 
     def _entries(self, first: int, count: int) -> Iterator[tuple[int, array[int]]]:
         """(index, entries) of the map in pieces; pieces of NEVER_WRITTEN only may be left out."""
@@ -368,7 +373,7 @@ class VDI(Image):
             return Plan()
         self._end = self._use.rfind(MAPPED) + 1
         steps: list[Step] = []
-        holes = [block for block in range(self._end) if self._use[block] in (CLEAN, STALE)]
+        holes = self._holes()
         if holes:
             stale = [block for block in holes if self._use[block] == STALE]
             steps += [self._punch(run[0], run[-1] + 1) for run in runs(stale)]
@@ -382,6 +387,19 @@ class VDI(Image):
         if self._host(self._end) < self._file.size <= self._host(self._blocks):
             steps.append(Truncate(self._host(self._end)))
         return Plan(*steps, Barrier)
+
+    def _holes(self) -> list[int]:
+        """The blocks below _end that are not mapped, unless a stranger's map has too many."""
+        if self._end - self._mapped > MAX_HOLES:
+            return []
+        stale, clean = bytes([STALE]), bytes([CLEAN])
+        return sorted([*self._all(stale), *self._all(clean)])
+
+    def _all(self, state: bytes) -> Iterator[int]:
+        block = self._use.find(state, 0, self._end)
+        while block >= 0:
+            yield block
+            block = self._use.find(state, block + 1, self._end)
 
     def _unmapped(self) -> Iterator[int]:
         """Guest blocks that hold nothing, in order."""

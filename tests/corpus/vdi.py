@@ -236,6 +236,9 @@ def large() -> Iterator[Mutation]:
         return with_map(entries, 4096)(base)
 
     yield Mutation(
+        "vdi: many blocks in reverse", "vdi", backwards, OPENS, "past the end", guest=False
+    )
+    yield Mutation(
         "vdi: many blocks, every second discarded",
         "vdi",
         lambda base: with_map(struct.pack("<II", NEVER, DISCARDED) * (most // 2), 4096)(base),
@@ -260,6 +263,13 @@ def large() -> Iterator[Mutation]:
         entries[-4:] = struct.pack("<I", 16 * MIB - 1)
         return with_map(bytes(entries), 4096)(base)
 
+    yield Mutation(
+        "vdi: 16 Mi blocks, the last one in use",
+        "vdi",
+        last_of_many,
+        guest=False,
+        size=65 * MIB + 16 * MIB * 4096,
+    )
     yield Mutation(
         "vdi: a disk of 16 PiB",
         "vdi",
