@@ -49,6 +49,7 @@ PRESENT, ZERO = 6, 2
 MAX_LEAF = 4096  # entries
 FLAT_ENTRIES = 1 << 16  # of a fixed disk's BAT that is read to see whether all lies in order
 SURVEY_ENTRIES = 1 << 20  # BAT entries that are looked at one by one before the file is written
+MAX_HOLES = 1 << 16  # between the blocks of a file, that are used again
 SURVEY_SIZE = 1 << 44  # ... in a file of at most so many bytes
 CHUNK = MIB  # of the BAT, read at once
 MAX_HOST = 1 << 60  # the map's limit
@@ -258,7 +259,7 @@ class VHDX(Image):
         self._end = (used.rfind(1) + 1) * MIB
         hole = bytes(size)
         at = used.find(hole, 0, self._end // MIB)
-        while at >= 0:
+        while at >= 0 and len(self._stale) < MAX_HOLES:
             self._stale.append(at * MIB)
             at = used.find(hole, at + size, self._end // MIB)
         self._stale.reverse()  # taken from the end: the lowest first

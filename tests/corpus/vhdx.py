@@ -864,6 +864,13 @@ def large() -> Iterator[Mutation]:
         size=15 * tib + 256 * MIB,
     )
     # All that lies before the only block is a hole that could be used.
+    yield Mutation(
+        "vhdx: one block at 15 TiB",
+        "vhdx",
+        bigger(tib, MIB, 16 * MIB, 9 * MIB, (16 * MIB, struct.pack("<Q", 15 * tib | PRESENT))),
+        guest=False,
+        size=15 * tib + MIB,
+    )
 
     def long_log(length: int, entry: Callable[[Base], bytes], *more: tuple[int, bytes]) -> Edit:
         at = 16 * MIB
