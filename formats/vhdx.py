@@ -46,6 +46,7 @@ from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate, Write
 ENTRY = 8  # bytes of a BAT entry
 STATE = 7  # mask
 PRESENT, ZERO = 6, 2
+INVALID = (4, 7)  # reserved, and partially present, which only a block with a parent can be
 MAX_LEAF = 4096  # entries
 FLAT_ENTRIES = 1 << 16  # of a fixed disk's BAT that is read to see whether all lies in order
 SURVEY_ENTRIES = 1 << 20  # BAT entries that are looked at one by one before the file is written
@@ -99,7 +100,7 @@ class VHDX(Image):
                 Rule(STATE, 5, Kind.ZERO),
                 Rule(4, 0, Kind.ZERO),  # 1 undefined, 2 zero, 3 unmapped
                 Rule(STATE, PRESENT, Kind.DATA),
-                Rule(0, 0, Kind.INVALID),  # 4 reserved, 7 partially present
+                Rule(0, 0, Kind.INVALID),  # INVALID
             ),
         )
         self._blocks = -(-disk.size // disk.block_size)
@@ -390,10 +391,10 @@ class VHDX(Image):
         freed = []
         for start, entries in self._entries(first, min(count, self._blocks - first)):
             for block, entry in enumerate(entries, start):
-                if entry & STATE == PRESENT:
+                if entry & STATE in (PRESENT, *INVALID):
                     unmapped.append((block, ZERO))
-                    if self._is_data(entry >> 20 << 20):
-                        freed.append(entry >> 20 << 20)
+                if entry & STATE == PRESENT and self._is_data(entry >> 20 << 20):
+                    freed.append(entry >> 20 << 20)
         if not unmapped:
             return Plan()
         steps = self._logged(self._changed(unmapped))

@@ -475,7 +475,7 @@ def items() -> Iterator[Mutation]:
 def entries() -> Iterator[Mutation]:
     """BAT entries: block 5 is at a place of its own, block 1 at none."""
     in_place = lambda base: base.number(base.at["bat"] + 40, 8)  # noqa: E731
-    for state in (0, 1, 2, 3, 5, 6):
+    for state in range(8):
         kept = state == 6
         yield Mutation(
             f"vhdx: block 5 has state {state}",
