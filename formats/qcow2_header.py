@@ -84,6 +84,7 @@ MAX_NAME = 1023
 MAX_FORMAT_NAME = 15
 MAX_SNAPSHOTS = 65536
 MAX_SNAPSHOT_EXTRA = 1024
+MAX_SNAPSHOT_TABLE = 64 << 20  # bytes
 
 REPAIR = "qemu-img check -r all"
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
@@ -357,4 +358,9 @@ def _snapshot_table(file: HostFile, fields: Any, cluster: int) -> tuple[int, int
         if lengths[2] > MAX_SNAPSHOT_EXTRA:
             raise Corrupt(file, f"byte {at + 36}", f"snapshot {number}: {lengths[2]} extra bytes")
         at += -(-(SNAPSHOT.size + sum(lengths)) // 8) * 8
+        if at - offset > MAX_SNAPSHOT_TABLE:
+            text = (
+                f"{number + 1} snapshots of {at - offset} bytes, the most is {MAX_SNAPSHOT_TABLE}"
+            )
+            raise Corrupt(file, "header+60", text)
     return offset, at - offset

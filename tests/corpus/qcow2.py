@@ -702,6 +702,17 @@ def large() -> Iterator[Mutation]:
         ]
 
     yield Mutation(
+        "qcow2: 65536 snapshots with long names",
+        "qcow2",
+        lambda base: [
+            *put(60, 65536, 4)(base),
+            *put(64, 64 * KIB)(base),
+            *((64 * KIB + i * 131112 + 12, b"\xff\xff\xff\xff") for i in range(65536)),
+        ],
+        ANY,
+        size=64 * KIB + 65536 * 131112 + 4096,
+    )
+    yield Mutation(
         "qcow2-bomb: many extensions",
         "qcow2-bomb",
         lambda base: [(112, struct.pack(">II", 0x12345678, 0) * (262000 // PART // PART))],
