@@ -251,10 +251,10 @@ class QCOW2(Image):
 
     def _refuse_overlaps(self) -> None:
         """Writing to a table that is two things at once would damage one of them."""
-        last = -1
+        size, last = self._file.size, -1
         for offset in self._tables():
-            if offset % self.cluster_size or offset >= self._file.size:
-                text = f"a table, not a cluster of a file with {self._file.size} bytes"
+            if offset % self.cluster_size or offset >= size:
+                text = f"a table, not a cluster of a file with {size} bytes"
             elif offset == last:
                 text = "two tables overlap"
             else:

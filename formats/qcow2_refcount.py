@@ -35,6 +35,7 @@ SECTOR = 512  # what a disk writes whole; no count or table entry crosses one
 PAGE = 4096  # counts are read in pieces of this size, so that 2 MiB blocks cost no more
 MAX_HOST = 1 << 56  # table entries have 56 bits
 MAX_PAST_END = 64 << 30  # bytes past the file's end in which counted clusters are believed
+MAX_EMPTY = (512 << 20, 1 << 17)  # bytes, blocks: empty ones past the end, looked through at open
 SCAN = 64  # pages looked through for free clusters per reservation
 BLOCK = 0xFFFFFFFFFFFFFE00  # bits 9-63 of a refcount table entry
 
@@ -150,7 +151,8 @@ class Refcounts:
         size = -(-file.size // cluster_size)
         self._device = file.is_device
         self.opened_end = size
-        self.end = file.size // cluster_size if self._device else self._last_used(size) + 1
+        most = min(MAX_EMPTY[0] // cluster_size, MAX_EMPTY[1])
+        self.end = file.size // cluster_size if self._device else self._last_used(size, most) + 1
         if (self.end - size) * cluster_size > MAX_PAST_END:
             raise Corrupt(
                 file,
@@ -250,17 +252,28 @@ class Refcounts:
             return bytearray(self._page_bytes)
         return bytearray(self._file.pread_padded(offset, self._page_bytes))
 
-    def _last_used(self, low: int) -> int:
-        """The highest cluster from `low` on whose count is not 0, or low - 1.  No draft is open."""
+    def _last_used(self, low: int, most: int | None = None) -> int:
+        """The highest cluster from `low` on whose count is not 0, or low - 1.  No draft is open.
+
+        Corrupt if more than `most` blocks have to be read for that.
+        """
+        empty = 0
         for block in range(len(self._table) - 1, low // self._per_block - 1, -1):
             offset = self._block(block)
             if not offset:
                 continue
+            if empty == most:
+                raise Corrupt(
+                    self._file,
+                    "refcount table",
+                    f"more than {most} empty blocks for clusters past the file's end",
+                )
             first = block * self._per_block
             skip = max(0, low - first) * self._width // 8
             counts = self._file.pread_padded(offset + skip, self.cluster_size - skip)
             counts = counts.rstrip(b"\0")
             if not counts:
+                empty += 1
                 continue
             byte = skip + len(counts) - 1
             if self._width < 8:

@@ -690,6 +690,15 @@ def large() -> Iterator[Mutation]:
         table = struct.pack(f">{entries}Q", *(low + 512 * i | COPIED for i in range(entries)))
         return [*put(36, entries, 4)(base), *put(40, 64 * KIB)(base), (64 * KIB, table)]
 
+    yield Mutation(
+        "qcow2: long L1, as many tables",
+        "qcow2",
+        distinct,
+        OPENS,
+        ANY,
+        guest=False,
+        size=64 * MIB + 512 * entries,
+    )
     blocks = (1 << 20) // PART  # entries of the longest refcount table
 
     def far_blocks(base: Base) -> Writes:
@@ -701,6 +710,14 @@ def large() -> Iterator[Mutation]:
             (64 * KIB, u64(1024) + table),
         ]
 
+    yield Mutation(
+        "qcow2: many empty refcount blocks",
+        "qcow2",
+        far_blocks,
+        OPENS,
+        "refcount table: more than 131072 empty blocks",
+        size=64 * MIB + 512 * blocks,
+    )
     yield Mutation(
         "qcow2: 65536 snapshots with long names",
         "qcow2",
