@@ -24,6 +24,7 @@ from virtmount.image import Chain, Image, ParentRef
 
 MAX_DEPTH = 64
 MAX_NAME = 4096
+NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 # What qemu records as a format, and what we call it.
 QEMU_NAMES = {"vpc": "vhd", "host_device": "raw", "file": "raw"}
@@ -97,7 +98,9 @@ class Opener:
             for folder in _folders(child.files[0].path):
                 try:
                     return self._open_named(child, ref, os.path.join(folder, _local(name)))
-                except (FileNotFoundError, NotADirectoryError):
+                except OSError as error:
+                    if error.errno not in NO_SUCH_FILE:
+                        raise
                     continue
                 except ParentMissing as error:  # there, and another image: the next may be it
                     first = first or error

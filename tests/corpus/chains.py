@@ -163,6 +163,9 @@ def strangers() -> Iterator[Mutation]:
     yield named("a name that is no UTF-8", b"\xff\xfe\xfd", "not found")
     yield named("a name with line ends", b"a\nb\r\x1b[2J", r"not found: 'a\\nb\\r\\x1b\[2J'")
     yield named("a FIFO with a name that harms terminals", b"\x1b[2J\r\nevil", regular, evil_name)
+    yield named("a name of 300 letters", b"x" * 300, "parent")
+    yield named("links in a circle", b"a", "parent", link("a", "b"), link("b", "a"))
+    yield named("a link to itself", b"a", "parent", link("a", "a"))
     for name in (
         b'json:{"driver":"file","filename":"/etc/passwd"}',
         b"nbd:localhost:10809",
