@@ -20,6 +20,7 @@ from virtmount.image import Chain, Image
 SECTOR = 512
 MAX_REQUEST = 1 << 20  # bytes; of one piece of a request in the engine
 LEAF_UNITS = 4096  # 32 KiB of map, filled by one question
+MAX_LEAVES = 1 << 25  # 256 MiB of pointers: 64 TiB in units of 512 bytes
 MAX_FILES = 255
 DIRECT_ALIGN = 4096
 CACHE_MODES = ("writeback", "none", "writethrough")
@@ -162,6 +163,10 @@ class Disk:
                     raise Unsupported(layer.files[0], "", f"{name} {value}")
             if layer.flat is not None and layer.flat % SECTOR:
                 raise Unsupported(layer.files[0], "", f"data from byte {layer.flat}")
+        most = MAX_LEAVES * self.config().leaf_units * self.unit
+        if self.flat is None and self.size > most:
+            text = f"{self.size} bytes, mapped in pieces of {self.unit}: the most is {most}"
+            raise Unsupported(file, "", text)
 
     def _add_files(self, layer: Image) -> None:
         direct = self.cache == "none" and _aligned(layer)

@@ -744,3 +744,18 @@ def large() -> Iterator[Mutation]:
             (64 * MIB, u64(base.at["l2.0"] | COPIED)),
             (base.at["block"] + 2 * 32, b"\0\1" * 16),
         ]
+
+    for size, read in (
+        (1 << 58, OPENS),
+        ((1 << 58) + 1, "bytes, mapped in pieces"),
+        ((1 << 61), "bytes, mapped in pieces"),
+        ((1 << 61) + 512, r"header\+36"),
+    ):
+        yield Mutation(
+            f"qcow2-bomb: a disk of {size} bytes",
+            "qcow2-bomb",
+            huge(size),
+            read,
+            guest=False,
+            size=96 * MIB,
+        )
