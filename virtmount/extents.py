@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from virtmount.disk import SECTOR, round_up
 from virtmount.engine import Decoder, Ranges
 from virtmount.fill import HOST_SHIFT, KIND_SHIFT
-from virtmount.image import Chain, Extent, Image, Kind
+from virtmount.image import Chain, Extent, Image, Kind, last_place
 
 HAS_OFFSET = (Kind.DATA, Kind.SHARED)
 HOST_MASK = (1 << 51) - 1
@@ -162,7 +162,7 @@ class _Layer:
             count,
             source=0,
             skip=0,
-            limit=round_up(image.files[leaf.data_file].size, size),
+            limit=last_place(image.layout, size, image.files[leaf.data_file].size),
             forbidden=self._forbidden if leaf.data_file == 0 else None,
         )
         first, expected, step = 0, -1, 0  # of the open run

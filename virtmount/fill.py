@@ -16,7 +16,7 @@ from collections.abc import Callable
 from virtmount.disk import SECTOR, Disk, round_up
 from virtmount.engine import Decoder, Ranges
 from virtmount.errors import Corrupt
-from virtmount.image import Extent, Image, Kind, Leaf
+from virtmount.image import Extent, Image, Kind, Leaf, last_place
 
 KIND_SHIFT, SOURCE_SHIFT, HOST_SHIFT = 60, 52, 9
 MAX_HOST = 1 << 59
@@ -157,7 +157,7 @@ class _Layer:
 
     def _limit(self, file: int) -> int:
         """Where a cluster may begin at the latest: the last one of a file may be cut short."""
-        return round_up(self._image.files[file].size, self._cluster)
+        return last_place(self._image.layout, self._cluster, self._image.files[file].size)
 
     def _all(self, entries: array[int], at: int, end: int, value: int) -> None:
         if at < end and not any(entries[at:end]):

@@ -56,8 +56,8 @@ class Layout:
     """How to decode a table of `width`-byte entries; native/decode.c does the same.
 
     The first matching rule (at most five) gives the kind, else DATA.  For DATA and SHARED the
-    host offset is (entry & mask) * scale + bias; one below `low`, not a multiple of 512, or with
-    the cluster's first byte at or past the file's end (rounded up to a cluster) is INVALID.
+    host offset is (entry & mask) * scale + bias; one below `low`, not a multiple of 512, or at or
+    past last_place() is INVALID.
     """
 
     width: int
@@ -265,13 +265,19 @@ class Image(ABC):
         return Plan()
 
 
+def last_place(layout: Layout | None, cluster_size: int, file_size: int) -> int:
+    """No cluster begins here or later: the file's end, rounded up to where one could begin."""
+    first = layout.bias % cluster_size if layout else 0
+    return first + -(-(file_size - first) // cluster_size) * cluster_size
+
+
 def decode(
     layout: Layout, raw: bytes, cluster_size: int, file_size: int
 ) -> Iterator[tuple[Kind, int]]:
     """Kind and host offset of each entry of a raw table; the slow, obvious twin of decode.c."""
     order = ">" if layout.byteorder == "big" else "<"
     code = {4: "I", 8: "Q"}[layout.width]
-    limit = -(-file_size // cluster_size) * cluster_size
+    limit = last_place(layout, cluster_size, file_size)
     for (entry,) in struct.iter_unpack(order + code, raw):
         kind = Kind.DATA
         for rule in layout.rules:

@@ -200,6 +200,15 @@ def maps() -> Iterator[Mutation]:
         guest=False,
     )
     yield Mutation("vdi: fixed, with a hole", "vdi-fixed", entry(1, NEVER), OPENS)
+    yield Mutation(
+        "vdi: fixed, cut short",
+        "vdi-fixed",
+        nothing,
+        OPENS,
+        "past the end",
+        eio=(2,),
+        size=1024 + 2 * MIB,
+    )
 
 
 def files() -> Iterator[Mutation]:
@@ -215,6 +224,17 @@ def files() -> Iterator[Mutation]:
         (543, r"header\+340: map ends", None),
     ):
         yield Mutation(f"vdi: cut at {size}", "vdi", nothing, read, write, size=size)
+    for size, eio in ((544, (0, 3, 5, 7)), (1024, (0, 3, 5, 7)), (1025, (0, 3, 7))):
+        yield Mutation(
+            f"vdi: cut at {size}",
+            "vdi",
+            nothing,
+            OPENS,
+            "past the end",
+            eio=eio,
+            guest=size != 1025,
+            size=size,
+        )
     yield Mutation(
         "vdi: cut in the last block",
         "vdi",
