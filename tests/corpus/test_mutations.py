@@ -22,13 +22,6 @@ from tests.corpus.mutations import Mutation
 KNOWN = mutations.all_by_name()
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("bases")
-    bases.make_all(made)
-    return made
-
-
 @pytest.fixture(scope="module")
 def answers(folder: Path, request: pytest.FixtureRequest) -> dict[str, Answer]:
     """Of all the mutations that this run asks for."""
