@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -406,11 +406,7 @@ def apply_torn(store: Store, change: Wrote | Punched, left: frozenset[int]) -> N
 
 
 class SimulatedFile(HostFile):
-    """A host file in memory.  Every change goes into `log`, if there is one.
-
-    `before` is called with each change or sync before it is made: it may raise OSError to fail it,
-    after having made a part of it in `store`.
-    """
+    """A host file in memory.  Every change goes into `log`, if there is one."""
 
     def __init__(
         self,
@@ -419,7 +415,6 @@ class SimulatedFile(HostFile):
         name: str = "simulated",
         writable: bool = True,
         log: Log | None = None,
-        before: Callable[[Change | Synced], None] = lambda change: None,
     ) -> None:
         self.path = Path(name)
         self.writable = writable
@@ -427,7 +422,6 @@ class SimulatedFile(HostFile):
         self.fd = -1
         self.store = store
         self.log = log
-        self.before = before
         self._patches = Patches()
 
     @property
@@ -459,13 +453,11 @@ class SimulatedFile(HostFile):
         self._change(Resized(size, self.store.size))
 
     def sync(self) -> None:
-        self.before(Synced())
         if self.log is not None:
             self.log.events.append(Synced())
 
     def _change(self, change: Change) -> None:
         assert self.writable, f"{self} was opened read-only: {change}"
-        self.before(change)
         if self.log is not None:
             self.log.events.append(change)
         change.apply(self.store)
