@@ -28,7 +28,7 @@ def case(name: str, loaded: Mapping[str, Base]) -> Case:
             start, length = base.metadata[0][0], min(base.metadata[0][1], 120)
         _change(rng, base, image, start + rng.randrange(length))
     if format == "vhdx" and rng.random() < 0.9:
-        _seal(image)
+        seal(image)
     if rng.random() < 0.05:
         size = rng.randrange(size)
     return Case(
@@ -77,7 +77,7 @@ def _get(image: Mapping[int, bytearray], at: int, length: int) -> bytearray:
     return bytearray(part[within : within + length].ljust(length, b"\0"))
 
 
-def _seal(image: dict[int, bytearray]) -> None:
+def seal(image: dict[int, bytearray]) -> None:
     """Checksums that are right, so that more than they are looked at."""
     for at in (*HEADERS, *TABLES):
         if at in image:

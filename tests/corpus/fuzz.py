@@ -1,0 +1,142 @@
+"""Fuzz one driver, guided by coverage, with atheris (which no test needs: pip install atheris).
+
+    python -m tests.corpus.fuzz FORMAT [FOLDER] [libFuzzer's options]
+    python -m tests.corpus.fuzz vhdx found/ -max_total_time=600
+    python -m tests.corpus.fuzz qcow2 crash-0123…        run one input again
+
+FORMAT is qcow2, vdi or vhdx.  Inputs that reach new code are kept in FOLDER.  An input is what the
+headers and tables of a base image (bases.py) are replaced with, after one byte that chooses the
+base; the checksums of VHDX are made right.  The driver is opened, read through the reference
+engine, written to, closed and opened again.  Anything but VirtmountError and OSError is a finding,
+and so is an input that takes 5 seconds or a gigabyte.  A finding becomes a mutation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["virtmount"]):
+    from virtmount.errors import Unsupported, VirtmountError
+    from virtmount.formats import qcow2, vdi, vhdx
+    from virtmount.hostfile import HostFile
+    from virtmount.image import Image, extents
+
+from tests.corpus import bases, flips
+from tests.corpus.bases import KIB, Base
+from tests.reference import Reference
+
+PLACES = 6  # of the disk that are read and written
+DRIVERS: dict[str, type[Image]] = {"qcow2": qcow2.QCOW2, "vdi": vdi.VDI, "vhdx": vhdx.VHDX}
+LIMITS = ("-timeout=5", "-rss_limit_mb=1024", "-max_len=16384", "-len_control=0")
+
+
+class Target:
+    """The bases of one format, and a file in memory that is made of one of them each time."""
+
+    def __init__(self, format: str, folder: Path) -> None:
+        bases.make_all(folder)
+        loaded = [bases.load(folder, name) for name in bases.MAKERS]
+        # The one with large clusters would be slow.
+        self.bases = [b for b in loaded if b.format == format and b.name != "qcow2-bomb"]
+        self.format = format
+        self.driver = DRIVERS[format]
+        self.fd = os.memfd_create("image")
+        self.path = f"/proc/self/fd/{self.fd}"
+
+    def seeds(self, folder: Path) -> None:
+        """What the bases have, for a start."""
+        for number, base in enumerate(self.bases):
+            parts = [base.content[at : at + length] for at, length in base.metadata]
+            (folder / f"seed-{base.name}").write_bytes(bytes([number]) + b"".join(parts))
+
+    def __call__(self, data: bytes) -> None:
+        if not data:
+            return
+        self._make(self.bases[data[0] % len(self.bases)], data[1:])
+        with contextlib.suppress(VirtmountError, OSError):
+            self._look()
+        with contextlib.suppress(VirtmountError, OSError):
+            self._change()
+            self._look()
+
+    def _make(self, base: Base, data: bytes) -> None:
+        image = {at: bytearray(part) for at, part in base.pieces}
+        for at, length in base.metadata:
+            part, data = data[:length], data[length:]
+            for low in range(0, len(part), bases.HOLE):
+                piece = part[low : low + bases.HOLE]
+                start, within = (at + low) // bases.HOLE * bases.HOLE, (at + low) % bases.HOLE
+                target = image.setdefault(start, bytearray())
+                target.extend(bytes(max(0, within + len(piece) - len(target))))
+                target[within : within + len(piece)] = piece
+        if self.format == "vhdx":
+            flips.seal(image)
+        os.ftruncate(self.fd, 0)
+        for at, piece in image.items():
+            os.pwrite(self.fd, piece, at)
+        os.ftruncate(self.fd, max(base.size, os.fstat(self.fd).st_size))
+
+    def _look(self) -> None:
+        with HostFile(self.path, lock=False) as file:
+            image = self._open(file)
+            image.details()
+            with Reference([image]) as disk:
+                for at in self._places(image):
+                    with contextlib.suppress(OSError, VirtmountError):
+                        disk.pread(at, min(4 * KIB, disk.size - at))
+            for cluster in range(0, min(256, image.size // image.cluster_size), 64):
+                with contextlib.suppress(VirtmountError):
+                    list(extents(image, cluster * image.cluster_size, image.cluster_size))
+
+    def _change(self) -> None:
+        with HostFile(self.path, writable=True, lock=False) as file:
+            disk = Reference([self._open(file)])
+            places = self._places(disk.top)
+            for at in places[::2]:
+                disk.pwrite(at, b"new" * 100 if at + 300 <= disk.size else b"")
+            disk.flush()
+            size = disk.top.cluster_size
+            for at in places[1::2]:
+                at -= at % size
+                disk.discard(at, min(size, disk.size - at))
+            disk.pwrite(places[0], b"newer")
+            disk.close()
+
+    def _open(self, file: HostFile) -> Image:
+        make = self.driver
+        image: Image = make(file)  # type: ignore[call-arg]
+        list(image.metadata())
+        if not image.size:
+            raise Unsupported(file, "", "a disk of 0 bytes")  # as virtmount.disk does
+        return image
+
+    def _places(self, image: Image) -> list[int]:
+        clusters = -(-image.size // image.cluster_size)
+        chosen = {0, 1, 3, 5, clusters // 2, clusters - 1}
+        return [c * image.cluster_size for c in sorted(chosen) if c < clusters][:PLACES]
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in DRIVERS:
+        sys.exit(__doc__)
+    with tempfile.TemporaryDirectory() as made:
+        folder, seeds = Path(made) / "bases", Path(made) / "seeds"
+        folder.mkdir()
+        seeds.mkdir()
+        target = Target(sys.argv[1], folder)
+        target.seeds(seeds)
+        options = [sys.argv[0], *LIMITS, *sys.argv[2:]]
+        if not any(Path(option).is_file() for option in sys.argv[2:]):
+            options.append(str(seeds))
+        atheris.Setup(options, target)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
