@@ -59,7 +59,7 @@ static void create(const struct vm_config *config)
 {
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
-    alarm(60);  // what hangs is killed, and shows where in the core or the sanitizer's report
+    alarm(100);  // what hangs is killed, and shows where in the core or the sanitizer's report
     file_count = 0;
     assert(vm_engine_create(config, &engine) == 0);
 }

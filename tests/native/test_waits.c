@@ -284,9 +284,12 @@ static void range(uint32_t op, enum end end)
     begin();
     struct vm_fault fault = expect(op == VM_OP_DISCARD ? VM_FAULT_DISCARD : VM_FAULT_ZERO);
     assert(fault.offset == CLUSTER && fault.length == CLUSTER);
-    struct job *waiting[3] = {issue(VM_OP_READ, 60 * KIB, 8 * KIB, buffer[0], 0),
-                              issue(VM_OP_WRITE, 124 * KIB, 8 * KIB, buffer[1], 0),
-                              issue(op, 0, 4 * CLUSTER, NULL, 0)};
+    struct job *waiting[3];
+    waiting[0] = issue(VM_OP_READ, 60 * KIB, 8 * KIB, buffer[0], 0);
+    until_in_flight(2);
+    waiting[1] = issue(VM_OP_WRITE, 124 * KIB, 8 * KIB, buffer[1], 0);
+    until_in_flight(3);
+    waiting[2] = issue(op, 0, 4 * CLUSTER, NULL, 0);
     struct job *before = issue(VM_OP_READ, 0, CLUSTER, buffer[2], 0);
     fill(VM_DATA, 0);
     assert(result_of(before) == 0);
