@@ -62,6 +62,7 @@ PER_SECTOR = SECTOR // ENTRY
 _ENTRY = struct.Struct(">Q")
 
 LEAF = 4096  # entries
+MAX_LOOK = (1 << 18, 1 << 30)  # L2 tables, bytes of them, that are looked through after a crash
 SAMPLE = 64  # L2 tables whose counts are looked at before an image is written
 WINDOW = -12  # raw deflate with the window that the format prescribes
 
@@ -247,6 +248,7 @@ class QCOW2(Image):
             table_offset=header.refcount_offset,
         )
         self._refuse_uncounted()
+        self._refuse_missing()
         self.caps = Caps(write=True, discard=True, zero_hides_parent=header.version > 2)
 
     def _refuse_overlaps(self) -> None:
@@ -275,6 +277,30 @@ class QCOW2(Image):
                     "in use, but its reference count is 0",
                     hint=f"{REPAIR} {self._file}",
                 )
+
+    def _refuse_missing(self) -> None:
+        """Growing the file would turn what was cut off from it into zeros.
+
+        A crash too may leave counts for what is past the end, but no mapping.  To look at all
+        mappings takes so long that very large images are not looked at.
+        """
+        size = self.cluster_size
+        end = _round_up(self._file.size, size)
+        tables = [entry & OFFSET for entry in self._l1 if entry & OFFSET]
+        if self._counts.end * size <= end or len(tables) > min(MAX_LOOK[0], MAX_LOOK[1] // size):
+            return
+        for offset in tables:
+            for index, entry in enumerate(read_table(self._file, offset, self._l2_entries)):
+                host = 0 if entry & ZERO else entry & OFFSET
+                if entry & COMPRESSED:
+                    host, _ = self._compressed(entry)
+                if host >= end:
+                    raise Corrupt(
+                        self._file,
+                        f"byte {offset + index * ENTRY}",
+                        f"a cluster at {host}, the file ends at {self._file.size}: not written",
+                        hint="open it read-only",
+                    )
 
     @contextmanager
     def _drafting(self) -> Iterator[Draft]:

@@ -620,9 +620,9 @@ def files() -> Iterator[Mutation]:
         (2049, "ends inside an L2 table"),
         (2560, NO_TABLE),
         (4608, NO_TABLE),
-        (5120, OPENS),
-        (6144, OPENS),
-        (6656, OPENS),
+        (5120, "a cluster at 6656, the file ends at 5120"),
+        (6144, "a cluster at 6656, the file ends at 6144"),
+        (6656, "a cluster at 6656, the file ends at 6656"),
     ):
         yield Mutation(
             f"qcow2: cut at {size}",
@@ -632,7 +632,6 @@ def files() -> Iterator[Mutation]:
             write,
             guest=False,
             size=size,
-            loose=True,
         )
     yield Mutation("qcow2: 8 TiB of file", "qcow2", nothing, size=1 << 43)
 
