@@ -303,8 +303,8 @@ static void range(uint32_t op, enum end end)
     else
         vm_answer(engine, fault.id, end == ERROR ? -EROFS : 0);
     assert(result_of(zero) == (end == FAILED ? 0 : expected(end, -EROFS)));
-    assert(result_of(waiting[0]) == (end == STOP ? -ESHUTDOWN : 0));
     if (end == FAILED || end == STOP) {
+        assert(result_of(waiting[0]) == (end == STOP ? -ESHUTDOWN : 0));
         assert(result_of(waiting[1]) == expected(end, 0));
         assert(result_of(waiting[2]) == expected(end, 0));
         tear_down(end);
@@ -315,7 +315,9 @@ static void range(uint32_t op, enum end end)
             vm_pool_add(engine, 0, MIB, 1, 0);
         vm_answer(engine, next.id, 0);
     }
-    assert(result_of(waiting[1]) == 0 && result_of(waiting[2]) == 0);
+    // The read may have come behind the second range, so it is asked for only now.
+    for (int i = 0; i < 3; i++)
+        assert(result_of(waiting[i]) == 0);
     tear_down(end);
 }
 
