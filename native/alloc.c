@@ -7,6 +7,7 @@
 #include "internal.h"
 
 #define COPY_BYTES (256u << 10)
+#define ALL_COPIES_BYTES (16u << 20)  // a copy lasts as long as the Pager takes to inflate
 #define MANY_DIRTY 16384  // ask for a commit: dirty clusters pin their leaves
 
 void engine_fail(struct vm_engine *engine, int error)
@@ -72,17 +73,14 @@ void alloc_part_done(struct vm_engine *engine, struct alloc *alloc, int error)
     requests_wake(engine, WAIT_BUSY, 0, 0);
 }
 
-static void copy_free(struct copy *copy)
-{
-    free(copy->buf);
-    free(copy);
-}
-
 static void copy_end(struct vm_engine *engine, struct copy *copy, int error)
 {
     struct request *parent = copy->parent;
     alloc_part_done(engine, copy->alloc, error);
-    copy_free(copy);
+    engine->copy_bytes -= copy->room;
+    requests_wake(engine, WAIT_COPY, 0, 0);
+    free(copy->buf);
+    free(copy);
     request_piece_done(engine, parent, error);
 }
 
@@ -151,16 +149,22 @@ static bool written_in_place(struct vm_engine *engine, struct leaf *leaf, uint64
     return false;
 }
 
+static uint32_t copy_room(const struct vm_engine *engine)
+{
+    uint64_t cluster = 1ULL << engine->map.cluster_shift;
+    return cluster < COPY_BYTES ? cluster : COPY_BYTES;
+}
+
 static struct copy *copy_new(struct vm_engine *engine, struct request *request, struct alloc *alloc,
                              uint64_t start, uint64_t part, uint64_t part_end, uint64_t end)
 {
     struct copy *copy = calloc(1, sizeof *copy);
-    uint64_t cluster = 1ULL << engine->map.cluster_shift;
-    uint32_t room = cluster < COPY_BYTES ? cluster : COPY_BYTES;
+    uint32_t room = copy_room(engine);
     if (!copy || posix_memalign((void **)&copy->buf, 4096, room < 4096 ? 4096 : room)) {
         free(copy);
         return NULL;
     }
+    engine->copy_bytes += room;
     copy->alloc = alloc;
     copy->parent = request;
     copy->base = start;
@@ -183,6 +187,14 @@ bool alloc_cluster(struct vm_engine *engine, struct request *request, struct lea
     uint64_t end = start + size < engine->config.size ? start + size : engine->config.size;
     struct pool_run run;
 
+    bool hides = !map_range_reads_zero(map, start, end);
+    bool copies = hides && ((part > start && !map_range_reads_zero(map, start, part))
+                            || (part_end < end && !map_range_reads_zero(map, part_end, end)));
+    if (copies && engine->copy_bytes + copy_room(engine) > ALL_COPIES_BYTES) {
+        walk_submit(engine, open);
+        request_park(engine, request, WAIT_COPY, 0);
+        return false;
+    }
     // Ask before it is empty, so that the answer comes while the rest is being used.
     if (engine->pool.clusters <= engine->pool.high / 2 && !engine->refill_asked) {
         engine->refill_asked = true;
@@ -193,9 +205,6 @@ bool alloc_cluster(struct vm_engine *engine, struct request *request, struct lea
         request_park(engine, request, WAIT_POOL, 0);
         return false;
     }
-    bool hides = !map_range_reads_zero(map, start, end);
-    bool copies = hides && ((part > start && !map_range_reads_zero(map, start, part))
-                            || (part_end < end && !map_range_reads_zero(map, part_end, end)));
     uint64_t host = run.host + (part - start);
     struct alloc *last = *open ? (*open)->alloc : NULL;
     bool extends = last && !copies && !request->zeroes && last->parts == 1

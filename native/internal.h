@@ -79,7 +79,7 @@ enum origin { FROM_CALL, FROM_UBLK, FROM_COPY };
 enum mover { IN_MEMORY, IN_KERNEL };   /* where the request's bytes are: buf, or registered buffer tag */
 enum wait { NOT_PARKED, WAIT_LEAF, WAIT_INFLATE, WAIT_POOL, WAIT_BEGIN, WAIT_BUSY, WAIT_RANGE,
             WAIT_ANSWER, WAIT_PACE, WAIT_BUFFER, WAIT_SYNC,
-            WAIT_DRAIN };
+            WAIT_DRAIN, WAIT_COPY };
 
 struct request {
     struct request *next;
@@ -208,6 +208,7 @@ struct vm_engine {
 
     struct vm_dirty *dirty, *committing;
     uint32_t dirty_count, dirty_room, committing_count;
+    uint64_t copy_bytes;    /* buffers of all copies */
     uint64_t requests;      /* not done */
     bool begun, begin_asked, refill_asked, stopping;
     int failed;

@@ -131,11 +131,20 @@ static struct vm_stats stats(void)
     return stats;
 }
 
+/* What was sent to the loop before is done, and the requests that it woke have run: a call is
+ * answered before those, the next one after. */
+static void settle(void)
+{
+    stats();
+    stats();
+}
+
 /* Until count requests are not done: those have then walked as far as they can. */
 static void until_in_flight(uint64_t count)
 {
     while (stats().in_flight != count)
         sched_yield();
+    settle();
 }
 
 /* Faults */
@@ -163,7 +172,7 @@ static bool next_fault(struct vm_fault *ret)
 static void expect_none(void)
 {
     struct vm_fault fault = {0};
-    stats();  // what was sent to the loop before has been done
+    settle();
     int count = vm_faults_wait(engine, &fault, 1, 0);
     if (count > 0)
         fprintf(stderr, "no fault expected, got %u\n", fault.type);

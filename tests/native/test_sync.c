@@ -45,7 +45,7 @@ void piece_done(struct vm_engine *engine, struct piece *piece, int result)
 
 static int started(void)
 {
-    stats();  // what was sent before has been done
+    settle();
     return __atomic_load_n(&sync_count, __ATOMIC_ACQUIRE);
 }
 
