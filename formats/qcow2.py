@@ -90,6 +90,7 @@ class QCOW2(Image):
         # Where a compressed cluster's entry changes from byte offset to sector count.
         self._sectors_shift = 62 - (header.cluster_size.bit_length() - 1 - 8)
         self._l1 = read_table(file, header.l1_offset, header.l1_size)
+        self.memory = header.l1_size * ENTRY
         self._zstd = self._load_zstd() if header.compression == "zstd" else None
         self._own_cut_table()
         self._begun = self._failed = False

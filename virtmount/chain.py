@@ -24,6 +24,7 @@ from virtmount.image import Chain, Image, ParentRef
 
 MAX_DEPTH = 64
 MAX_NAME = 4096
+MAX_MEMORY = 64 << 20  # twice the longest table of one image
 NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 # What qemu records as a format, and what we call it.
@@ -75,6 +76,7 @@ class Opener:
         self._parent_format = parent_format
         self._lock = lock
         self._seen: dict[_Inode, HostFile] = {}
+        self._memory = 0
         # A link to the image: both the link's folder and the image's own are what the user meant.
         self._roots = {os.path.realpath(folder) for folder in _folders(self.path)}
 
@@ -156,7 +158,12 @@ class Opener:
             self._seen[_inode(os.fstat(file.fd))] = file
             # Image.__init__ takes no argument, every driver's takes the file.
             make: Callable[[HostFile], Image] = driver()
-            return make(file)
+            image = make(file)
+            self._memory += image.memory
+            if self._memory > MAX_MEMORY:
+                text = f"tables of {self._memory} bytes in the chain, the most is {MAX_MEMORY}"
+                raise Unsupported(file, "", text)
+            return image
         except BaseException:
             file.close()
             raise

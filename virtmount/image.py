@@ -178,6 +178,7 @@ class Image(ABC):
     parent: ParentRef | None = None
     identity: str | None = None
     caps: Caps = Caps()
+    memory: int = 0  # bytes of tables that are kept as long as it is open
 
     @classmethod
     @abstractmethod
