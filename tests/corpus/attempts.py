@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ ADDRESS_SPACE = 1 << 30
 WALL = 40  # seconds, after which the process gives up; the machine may be busy
 WHOLE = 16 * MIB  # disks up to this size are read whole, of larger ones only parts
 CHUNK = 64 * KIB
+MAPPED, EXTENTS = 1 << 40, 1000  # disks up to this size are mapped, and so far
 PAGE = 4096
 ZEROS = bytes(MIB)
 EIO = 5
@@ -56,6 +58,7 @@ class Verdict:
     reads: dict[int, str] = field(default_factory=dict)  # chunk -> "bytes", or an errno
     wrong: list[str] = field(default_factory=list)  # what may not happen
     differs: list[int] = field(default_factory=list)  # chunks that are not what the base says
+    extents: int = 0  # of its map
     cpu: float = 0.0
     growth: int = 0
 
@@ -255,6 +258,14 @@ class Attempt:
         with self._judged(verdict), self._opened(verdict, writable=False) as disk:
             if disk:
                 self._note(verdict, read_all(disk, self.case.step))
+        look = Verdict(self.case.name, writable=False)
+        with self._judged(look), contextlib.suppress(VirtmountError):
+            size = virtmount.inspect(self.path, self.case.format).size
+            if size <= MAPPED:
+                mapped = virtmount.map_extents(self.path, self.case.format)
+                verdict.extents = len(list(itertools.islice(mapped, EXTENTS)))
+                del mapped  # closes the files
+        verdict.wrong += (f"info and map: {text}" for text in look.wrong)
         if fingerprint(self.folder) != before:
             verdict.wrong.append("the files were changed by reading")
         return verdict
@@ -356,6 +367,9 @@ def main() -> None:
     for base in loaded.values():
         with contextlib.suppress(VirtmountError), virtmount.open(base.path, base.format) as disk:
             disk.pread(0, 4096)
+        with contextlib.suppress(VirtmountError):
+            virtmount.inspect(base.path, base.format)
+            list(virtmount.map_extents(base.path, base.format))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     watch, meter = Watch(), Meter()
     for number, line in enumerate(sys.stdin):
