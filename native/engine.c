@@ -392,14 +392,15 @@ static int create_ring(struct vm_engine *engine)
     return io_uring_queue_init_params(RING_ENTRIES, &engine->ring, &params);
 }
 
-// The queue is emptied before the life ends, so that nobody is ever beside us in execute().
+// What came too late for the loop.  Under the lock, so that nobody is beside us in execute(); and
+// who is answered here finds the life ended.
 static void end(struct vm_engine *engine)
 {
     struct command *command;
     pthread_mutex_lock(&engine->lock);
+    engine->life = ENDED;
     while ((command = engine->commands)) {
         engine->commands = command->next;
-        pthread_mutex_unlock(&engine->lock);
         if (command->op == DO_SERVE)
             command->result = -ESHUTDOWN;
         else if (command->op != DO_DRAIN)
@@ -408,9 +409,7 @@ static void end(struct vm_engine *engine)
             sem_post(&command->done);
         else
             command_free(command);
-        pthread_mutex_lock(&engine->lock);
     }
-    engine->life = ENDED;
     pthread_cond_broadcast(&engine->faults_ready);
     pthread_mutex_unlock(&engine->lock);
 }

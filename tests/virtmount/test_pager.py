@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import random
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -765,12 +766,16 @@ def test_without_io_uring_start_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     real = Engine.run
 
     def run(self: Engine) -> None:
-        self.stop()
-        real(self)
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        """As where it is forbidden, but with another errno: no file may be opened."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            real(self)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     monkeypatch.setattr(Engine, "run", run)
-    with pytest.raises(NoTransport, match="io_uring: Operation not permitted") as caught:
+    with pytest.raises(NoTransport, match="io_uring: Too many open files") as caught:
         Served(path)
     assert "io_uring_disabled" in str(caught.value.hint)
     with HostFile(path, writable=True):
