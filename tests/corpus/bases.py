@@ -54,8 +54,8 @@ class Base:
         return len(self.content)
 
     def number(self, offset: int, width: int) -> int:
-        order = "big" if self.format == "qcow2" else "little"
-        return int.from_bytes(self.content[offset : offset + width], order)
+        raw = self.content[offset : offset + width]
+        return int.from_bytes(raw, "big" if self.format == "qcow2" else "little")
 
 
 def _guest_path(path: Path) -> Path:

@@ -12,7 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.corpus.bases import PARENT, Base
-from tests.corpus.mutations import ANY, OPENS, Edit, Mutation, Writes, below, link
+from tests.corpus.mutations import (
+    ANY,
+    OPENS,
+    Edit,
+    Mutation,
+    Writes,
+    below,
+    link,
+    nothing,
+)
 
 BACKING_FORMAT = 0xE2792ACA
 SECRET = b"secret" * 16384
@@ -239,7 +248,10 @@ def memory() -> Iterator[Mutation]:
 
 def formats_of_parents() -> Iterator[Mutation]:
     def beside(data: bytes) -> Callable[[Path], None]:
-        return lambda path: [(path.parent / "p").write_bytes(data), None][1]  # type: ignore[func-returns-value]
+        def act(path: Path) -> None:
+            (path.parent / "p").write_bytes(data)
+
+        return act
 
     further = "names further files"
     yield named("no format, raw by content", PARENT.encode(), OPENS, format=b"", guest=True)
@@ -294,6 +306,23 @@ def no_images() -> Iterator[Mutation]:
             size=len(data) if size is None else size,
         )
 
+    def instead(make: Callable[[Path], None]) -> Callable[[Path], None]:
+        def act(path: Path) -> None:
+            path.unlink()
+            make(path)
+
+        return act
+
+    for name, make in (("a FIFO", os.mkfifo), ("a link to /dev/zero", link("image", "/dev/zero"))):
+        yield Mutation(
+            f"file: {name}",
+            "vdi",
+            nothing,
+            "neither a regular file nor a block device",
+            guest=False,
+            format=None,
+            beside=instead(make),
+        )
     two = b"QFI\xfb\0\0\0\3".ljust(64, b"\0") + struct.pack("<I", 0xBEDA107F)
     yield file("empty", b"", "empty")
     yield file("one byte", b"x", OPENS)

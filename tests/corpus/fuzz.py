@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import atheris
+import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 with atheris.instrument_imports(include=["virtmount"]):
     from virtmount.errors import Unsupported, VirtmountError
@@ -78,8 +78,8 @@ class Target:
         if self.format == "vhdx":
             flips.seal(image)
         os.ftruncate(self.fd, 0)
-        for at, piece in image.items():
-            os.pwrite(self.fd, piece, at)
+        for at, made in image.items():
+            os.pwrite(self.fd, made, at)
         os.ftruncate(self.fd, max(base.size, os.fstat(self.fd).st_size))
 
     def _look(self) -> None:

@@ -16,6 +16,7 @@ from tests.corpus.bases import PARENT, Base
 
 Writes = Sequence[tuple[int, bytes]]  # offset, bytes
 Edit = Callable[[Base], Writes]
+Answer = str | tuple[str, str]
 OPENS = ""  # instead of an error's pattern
 MAX_COPY = 64 << 20
 # What is asked for with VIRTMOUNT_CORPUS=full is as large as a hostile image may be; else a part.
@@ -103,6 +104,11 @@ def nothing(base: Base) -> Writes:
     return ()
 
 
+def writing(*writes: tuple[int, bytes]) -> Edit:
+    """The same, whatever the base."""
+    return lambda base: writes
+
+
 def below(path: Path) -> None:
     (path.parent / PARENT).write_bytes(b"\xee" * (96 << 10))
 
@@ -118,8 +124,8 @@ class Field:
     name: str
     offset: int
     width: int
-    otherwise: str | tuple[str, str]
-    answers: Mapping[int, str | tuple[str, str]]
+    otherwise: Answer
+    answers: Mapping[int, Answer]
 
 
 def extremes(width: int) -> set[int]:

@@ -5,9 +5,22 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from functools import partial
 
 from tests.corpus.bases import KIB, MIB, PACKED, ZEROED, Base
-from tests.corpus.mutations import ANY, OPENS, PART, Edit, Field, Mutation, Writes, grid, nothing
+from tests.corpus.mutations import (
+    ANY,
+    OPENS,
+    PART,
+    Answer,
+    Edit,
+    Field,
+    Mutation,
+    Writes,
+    grid,
+    nothing,
+    writing,
+)
 
 COPIED, COMPRESSED = 1 << 63, 1 << 62
 U32, U64 = 0xFFFFFFFF, (1 << 64) - 1
@@ -151,14 +164,20 @@ FIELDS = (
     ),
     Field("compression", 104, 1, r"header\+104", {0: OPENS, 2: r"header\+104"}),
 )
+REFUSED_TO_WRITE: Answer = (OPENS, WITH_SNAPSHOTS)
 SNAPSHOTS = (
     Field(
         "snapshots",
         60,
         4,
         r"header\+60",
-        {0: OPENS, 1: (OPENS, WITH_SNAPSHOTS), 2: (OPENS, WITH_SNAPSHOTS)}
-        | dict.fromkeys((3, 65536), ("byte 8848", WITH_SNAPSHOTS)),
+        {
+            0: OPENS,
+            1: REFUSED_TO_WRITE,
+            2: REFUSED_TO_WRITE,
+            3: ("byte 8848", WITH_SNAPSHOTS),
+            65536: ("byte 8848", WITH_SNAPSHOTS),
+        },
     ),
     Field(
         "snapshots_offset",
@@ -166,7 +185,7 @@ SNAPSHOTS = (
         8,
         (r"header\+64", WITH_SNAPSHOTS),
         # Counts read as snapshots.
-        {512: (OPENS, WITH_SNAPSHOTS), 1024: (OPENS, WITH_SNAPSHOTS), 8704: (OPENS, WITH_SNAPSHOTS)}
+        dict.fromkeys((512, 1024, 8704), REFUSED_TO_WRITE)
         | {
             offset: (f"byte {offset}", WITH_SNAPSHOTS)
             for offset in (9216, 1 << 31, 1 << 32, 1 << 62, 1 << 63, (1 << 64) - 512)
@@ -188,13 +207,19 @@ def l1(index: int, value: int) -> Edit:
     return lambda base: [(base.at["l1"] + 8 * index, u64(value))]
 
 
-def l2(cluster: int, value: int | str) -> Edit:
+def put_at(name: str, offset: int, data: bytes) -> Edit:
+    return lambda base: [(base.at[name] + offset, data)]
+
+
+def l2(cluster: int, value: int | str, copied: bool = True) -> Edit:
     """The entry of a guest cluster; a word names the table that it leads to."""
 
     def edit(base: Base) -> Writes:
         table, index = divmod(cluster, base.cluster // 8)
         at = base.at[f"l2.{table}"] + 8 * index
-        return [(at, u64(value if isinstance(value, int) else base.at[value] | COPIED))]
+        if isinstance(value, int):
+            return [(at, u64(value))]
+        return [(at, u64(base.at[value] | (COPIED if copied else 0)))]
 
     return edit
 
@@ -265,7 +290,7 @@ def headers() -> Iterator[Mutation]:
         yield Mutation(
             f"qcow2-snapshots: {length} extra bytes",
             "qcow2-snapshots",
-            lambda base, n=length: [(base.at["snapshots"] + 36, struct.pack(">I", n))],
+            put_at("snapshots", 36, struct.pack(">I", length)),
             "byte 8740.*extra" if length else "byte 8788.*extra",  # then the second one is amiss
             WITH_SNAPSHOTS,
         )
@@ -335,7 +360,7 @@ def second_tables() -> Iterator[Mutation]:
             yield Mutation(
                 f"qcow2: shared data in {name}",
                 "qcow2",
-                lambda base, v=value: l2(5, base.at[v])(base),
+                l2(5, value, copied=False),
                 eio=(5,),
             )
     # A new cluster will lie there, and then has two owners: counts are believed, not recounted.
@@ -405,17 +430,17 @@ def second_tables() -> Iterator[Mutation]:
         loose=True,
     )
     # 2 MiB clusters: half of one is another's, and tables lie beside.
-    for name, offset, eio in (
-        ("data", "packed", None),
-        ("L1", "l1", 1),
-        ("its own table", "l2.0", 1),
-    ):
+
+    def before(place: str, base: Base) -> Writes:
+        return l2(1, (base.at[place] // 512 * 512 - 512) | COPIED)(base)
+
+    for name, place in (("data", "packed"), ("L1", "l1"), ("its own table", "l2.0")):
         yield Mutation(
             f"qcow2: large cluster that ends in {name}",
             "qcow2-bomb",
-            lambda base, o=offset: l2(1, (base.at[o] // 512 * 512 - 512) | COPIED)(base),
-            eio=(1,) if eio else (),
-            guest=eio is not None,
+            partial(before, place),
+            eio=() if name == "data" else (1,),
+            guest=name != "data",
             loose=True,
         )
 
@@ -440,7 +465,7 @@ def counts() -> Iterator[Mutation]:
         yield Mutation(
             f"qcow2: the {name} is not counted",
             "qcow2",
-            lambda base, at=at: [(1024 + at // 512 * 2, b"\0\0")],
+            writing((1024 + at // 512 * 2, b"\0\0")),
             OPENS,
             UNCOUNTED,
         )
@@ -470,7 +495,7 @@ def counts() -> Iterator[Mutation]:
         yield Mutation(
             f"qcow2: refcount table leads to {name}",
             "qcow2",
-            lambda base, v=value: [(512, u64(v))],
+            writing((512, u64(value))),
             OPENS,
             write,
         )
@@ -478,7 +503,7 @@ def counts() -> Iterator[Mutation]:
         yield Mutation(
             f"qcow2: one block twice, also as block {index}",
             "qcow2",
-            lambda base, i=index: [(512 + 8 * i, u64(1024))],
+            writing((512 + 8 * index, u64(1024))),
             OPENS,
             OVERLAP,
         )
@@ -519,7 +544,7 @@ def streams() -> Iterator[Mutation]:
             yield Mutation(
                 f"{base_name}: compressed data is {name}",
                 base_name,
-                lambda base, d=data: [(base.at["packed"], d)],
+                put_at("packed", 0, data),
                 eio=PACKED if base_name == "qcow2" else (10,),  # zlib's two lie together
                 loose=True,
             )
@@ -567,7 +592,10 @@ def zstd_streams() -> Iterator[Mutation]:
 
     zeros = rle.to_bytes(3, "little") + b"\0"
     last = (rle | 1).to_bytes(3, "little") + b"\0"
-    window = lambda log: bytes([(log - 10) << 3])  # noqa: E731
+
+    def window(log: int) -> bytes:
+        return bytes([(log - 10) << 3])
+
     skippable = struct.pack("<II", 0x184D2A50, 0)
 
     for name, data, fails in (

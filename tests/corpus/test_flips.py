@@ -23,7 +23,7 @@ SEED = os.environ.get("VIRTMOUNT_SEED", "0")
 def test_random_changes(format: str, folder: Path) -> None:
     names = [f"{format}:{SEED}:{number}" for number in range(COUNT)]
     answers = judge(folder, "flip", names)
-    wrong = {}
+    wrong: dict[str, object] = {}
     for name in names:
         answer = answers[name]
         if answer.died:

@@ -6,7 +6,17 @@ import struct
 from collections.abc import Iterator
 
 from tests.corpus.bases import KIB, MIB, Base
-from tests.corpus.mutations import ANY, OPENS, PART, Edit, Field, Mutation, Writes, grid, nothing
+from tests.corpus.mutations import (
+    ANY,
+    OPENS,
+    PART,
+    Edit,
+    Field,
+    Mutation,
+    Writes,
+    grid,
+    nothing,
+)
 
 DISCARDED, NEVER = 0xFFFFFFFE, 0xFFFFFFFF
 U32 = 0xFFFFFFFF

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 from crc32c import crc32c
 
 from tests.corpus.bases import KIB, MIB, Base
-from tests.corpus.mutations import ANY, OPENS, PART, Edit, Field, Mutation, Writes, grid, nothing
+from tests.corpus.mutations import (
+    ANY,
+    OPENS,
+    PART,
+    Edit,
+    Field,
+    Mutation,
+    Writes,
+    grid,
+    nothing,
+    writing,
+)
 from tests.formats.make_vhdx import LOG_GUID, PRESENT, STRANGER
 
 U32, U64 = 0xFFFFFFFF, (1 << 64) - 1
@@ -268,6 +281,19 @@ def put(name: str, offset: int, data: bytes) -> Edit:
     return lambda base: [(base.at[name] + offset, data)]
 
 
+def put_change(name: str, change: tuple[int, bytes]) -> Edit:
+    return put(name, *change)
+
+
+def in_place(base: Base) -> int:
+    """The BAT entry of block 5."""
+    return base.number(base.at["bat"] + 40, 8)
+
+
+def with_state(state: int, base: Base) -> int:
+    return in_place(base) & ~7 | state
+
+
 def bat(block: int, entry: int | Callable[[Base], int]) -> Edit:
     def edit(base: Base) -> Writes:
         value = entry if isinstance(entry, int) else entry(base)
@@ -286,8 +312,8 @@ def mutations() -> Iterator[Mutation]:
         ("first item", ITEM, lambda change: put("metadata", 32 + change[0], change[1])),
     ):
         yield from fields_of(what, fields, edit)
-    for name, fields in VALUES.items():
-        yield from fields_of(name, fields, lambda change, name=name: put(name, *change))
+    for name, values in VALUES.items():
+        yield from fields_of(name, values, partial(put_change, name))
     yield from copies()
     yield from items()
     yield from entries()
@@ -320,9 +346,7 @@ def copies() -> Iterator[Mutation]:
             "vhdx",
             one(place, (4, b"evil"), seal=False),
         )
-        yield Mutation(
-            f"vhdx: header {number} is zero", "vhdx", lambda base, p=place: [(p, bytes(4096))]
-        )
+        yield Mutation(f"vhdx: header {number} is zero", "vhdx", writing((place, bytes(4096))))
     for number, place in enumerate(TABLES, 1):
         yield Mutation(
             f"vhdx: region table {number} with a bad checksum",
@@ -474,13 +498,12 @@ def items() -> Iterator[Mutation]:
 
 def entries() -> Iterator[Mutation]:
     """BAT entries: block 5 is at a place of its own, block 1 at none."""
-    in_place = lambda base: base.number(base.at["bat"] + 40, 8)  # noqa: E731
     for state in range(8):
         kept = state == 6
         yield Mutation(
             f"vhdx: block 5 has state {state}",
             "vhdx",
-            bat(5, lambda base, s=state: in_place(base) & ~7 | s),
+            bat(5, partial(with_state, state)),
             eio=(5,) if state in (4, 7) else (),
             guest=kept or state in (4, 7),
         )
@@ -631,11 +654,17 @@ def logs() -> Iterator[Mutation]:
     """What a log that is to be replayed asks for.  The base is vhdx-logged."""
     page = b"\x5a" * 4096
 
-    def single(changes: Sequence[tuple[int, bytes | int]], **options: int) -> Edit:
+    def single(changes: Sequence[tuple[int, bytes | int]], **options: Any) -> Edit:
         return logged((0, lambda base: log_entry(base, changes, **options)))
 
-    def named(name: str, edit: Edit, read: str = OPENS, **options: object) -> Mutation:
-        return Mutation(f"vhdx-logged: {name}", "vhdx-logged", edit, read, **options)  # type: ignore[arg-type]
+    def entry(sequence: int, tail: int) -> Callable[[Base], bytes]:
+        return lambda base: log_entry(base, [(5 * MIB, page)], sequence=sequence, tail=tail)
+
+    def as_it_is(sequence: int, base: Base) -> bytes:
+        return log_entry(base, [(3 * MIB, base.content[3 * MIB :][:4096])], sequence=sequence)
+
+    def named(name: str, edit: Edit, read: str = OPENS, **options: Any) -> Mutation:
+        return Mutation(f"vhdx-logged: {name}", "vhdx-logged", edit, read, **options)
 
     inside = "where the headers or the log lie"
     for name, at in (
@@ -687,6 +716,10 @@ def logs() -> Iterator[Mutation]:
         yield named(
             f"zeroes {length:#x} bytes", single([(4 * MIB, length)]), "bytes long, the limit"
         )
+    # Guest data is none of a log's business, and is not replayed in memory.
+    yield named(
+        "zeroes all the data, to 8 TiB", single([(4 * MIB, 1 << 43)]), guest=False, loose=True
+    )
     # Not whole sectors: such an entry is torn, and the header names a log without one.
     for name, changes in (
         ("unaligned", [(4 * MIB + 512, page)]),
@@ -707,14 +740,7 @@ def logs() -> Iterator[Mutation]:
     for sequence in (0, 1, 1 << 63, U64):
         yield named(
             f"sequence number {sequence}",
-            lambda base, s=sequence: logged(
-                (
-                    0,
-                    lambda base: log_entry(
-                        base, [(3 * MIB, base.content[3 * MIB :][:4096])], sequence=s
-                    ),
-                )
-            )(base),
+            logged((0, partial(as_it_is, sequence))),
             guest=False,
         )
     for name, value, read in (
@@ -736,9 +762,6 @@ def logs() -> Iterator[Mutation]:
     ):
         yield named(f"last size {name}", single([(5 * MIB, page)], last=value), read, guest=False)
     # Tricks with sequences.
-    entry = lambda sequence, tail, **more: (  # noqa: E731
-        lambda base: log_entry(base, [(5 * MIB, page)], sequence=sequence, tail=tail, **more)
-    )
     for name, parts, read in (
         ("two entries", ((0, entry(7, 0)), (8192, entry(8, 0))), OPENS),
         ("tails that point at each other", ((0, entry(7, 8192)), (8192, entry(8, 8192))), OPENS),
