@@ -259,7 +259,7 @@ class Attempt:
             if disk:
                 self._note(verdict, read_all(disk, self.case.step))
         look = Verdict(self.case.name, writable=False)
-        with self._judged(look), contextlib.suppress(VirtmountError):
+        with self._judged(look, openings=2), contextlib.suppress(VirtmountError):
             size = virtmount.inspect(self.path, self.case.format).size
             if size <= MAPPED:
                 mapped = virtmount.map_extents(self.path, self.case.format)
@@ -332,7 +332,7 @@ class Attempt:
                     verdict.wrong.append(f"close: {error!r}")
 
     @contextlib.contextmanager
-    def _judged(self, verdict: Verdict) -> Iterator[None]:
+    def _judged(self, verdict: Verdict, openings: int = 1) -> Iterator[None]:
         descriptors = set(os.listdir("/proc/self/fd"))
         self.meter.reset()
         with self.watch.over(self.folder) as heard:
@@ -342,8 +342,8 @@ class Attempt:
                 verdict.wrong.append(f"raised {error!r:.300} {_trail(error)}")
         verdict.cpu, verdict.growth = self.meter.read()
         verdict.wrong += dict.fromkeys(heard)
-        if verdict.cpu > CPU:
-            verdict.wrong.append(f"{verdict.cpu:.2f} s of CPU time, at most {CPU}")
+        if verdict.cpu > CPU * openings:
+            verdict.wrong.append(f"{verdict.cpu:.2f} s of CPU time, at most {CPU * openings}")
         if verdict.growth > GROWTH:
             verdict.wrong.append(f"{verdict.growth // MIB} MiB of memory, at most {GROWTH // MIB}")
         if left := set(os.listdir("/proc/self/fd")) - descriptors:

@@ -256,7 +256,7 @@ def files() -> Iterator[Mutation]:
 
 def large() -> Iterator[Mutation]:
     """Few bytes that could ask for much time or memory; 64 MiB of them are the most."""
-    most = 16 * MIB // PART  # entries of a map of 64 MiB
+    most = 16 * MIB // PART // PART  # entries of a map of 64 MiB
 
     def backwards(base: Base) -> Writes:
         entries = b"".join(

@@ -856,10 +856,11 @@ def large() -> Iterator[Mutation]:
 
     tib = 1 << 40
     many = MIB // PART
+    ring = 64 * MIB // PART
     yield Mutation(
-        "vhdx: 64 TiB, a sparse BAT of 513 MiB",
+        "vhdx: a long sparse BAT",
         "vhdx",
-        bigger(64 * tib, MIB, 16 * MIB, 513 * MIB),
+        bigger(64 * tib // PART, MIB, 16 * MIB, 513 * MIB),
         guest=False,
         size=600 * MIB,
     )
@@ -935,13 +936,13 @@ def large() -> Iterator[Mutation]:
 
     def overlapping(base: Base) -> bytes:
         """Headers of entries without number, each said to be as long as the ring."""
-        head = log_entry(base, [], length=64 * MIB, flushed=8 * MIB)[:64].ljust(4096, b"\0")
-        return head * (64 * MIB // 4096)
+        head = log_entry(base, [], length=ring, flushed=8 * MIB)[:64].ljust(4096, b"\0")
+        return head * (ring // 4096)
 
     yield Mutation(
-        "vhdx-logged: 16384 entries that overlap",
+        "vhdx-logged: a long log of entries that overlap",
         "vhdx-logged",
-        long_log(64 * MIB, overlapping),
+        long_log(ring, overlapping),
         "entries overlap",
         guest=False,
         size=81 * MIB,

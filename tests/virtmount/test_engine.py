@@ -29,7 +29,7 @@ from virtmount.engine import (
     ublk_control,
 )
 from virtmount.errors import NoTransport
-from virtmount.image import Kind, Layout, Rule, decode
+from virtmount.image import Kind, Layout, Rule, decode, last_place
 
 MIB = 1 << 20
 FLAT = Config(size=MIB, unit_shift=16, cluster_shift=16, leaf_units=16, flags=Flag.FLAT)
@@ -214,7 +214,7 @@ def test_decode_is_the_twin_of_image_decode(
     mask = (1 << 8 * layout.width) - 1
     raw = b"".join((n & mask).to_bytes(layout.width, order) for n in numbers)
     cluster = unit * repeat
-    limit = -(-file_size // cluster) * cluster
+    limit = last_place(layout, cluster, file_size)
     done = Ranges(forbidden)
 
     expected: list[int] = []
