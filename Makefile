@@ -82,7 +82,7 @@ test-host: $(VENV)/.test  ## everything that runs on this machine's kernel
 # Device tests under the oldest and the newest supported kernel.
 test-vm: $(VENV)/.test  ## ublk device tests in virtual machines
 	@for kernel in oldest newest; do for try in 1 2; do \
-		$(BIN)/python -m tests.vm --kernel $$kernel --timeout 2000 -- \
+		$(BIN)/python -m tests.vm --kernel $$kernel --memory 4G --timeout 2000 -- \
 			$(BIN)/python -m pytest -q -p no:cacheprovider tests/device; status=$$?; \
 		[ $$status -eq 125 ] || break; echo "the emulated machine died; once more" >&2; done; \
 	[ $$status -eq 0 ] || exit $$status; done
