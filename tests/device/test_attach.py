@@ -12,7 +12,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import random
 import re
@@ -28,6 +27,7 @@ from typing import Any
 import pytest
 
 import virtmount
+from tests.device.direct import Direct
 from virtmount import nodes, state
 from virtmount.attachment import Attachment
 from virtmount.errors import Busy, NotAttached
@@ -152,32 +152,6 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     for where in mounted:
         if os.path.ismount(where):
             run("umount", where)
-
-
-class Direct:
-    """A device opened with O_DIRECT: every request reaches the server as it is."""
-
-    def __init__(self, path: str, flags: int = os.O_RDWR) -> None:
-        self.fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
-
-    def __enter__(self) -> Direct:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self.fd)
-
-    def read(self, offset: int, length: int) -> bytes:
-        buffer = mmap.mmap(-1, length)
-        assert os.preadv(self.fd, [buffer], offset) == length
-        return buffer[:]
-
-    def write(self, offset: int, data: bytes) -> None:
-        buffer = mmap.mmap(-1, len(data))
-        buffer[:] = data
-        assert os.pwritev(self.fd, [buffer], offset) == len(data)
-
-    def sync(self) -> None:
-        os.fsync(self.fd)
 
 
 MAKERS = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q", "-f")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import mmap
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.device.direct import Direct
 from tests.device.memory import MemoryDisk
 from virtmount import loop, nodes
 from virtmount.fuse import Fuse, clear_orphan
@@ -72,29 +72,6 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 def is_gone(device: Fuse) -> bool:
     """The number may belong to somebody else's file by now."""
     return loop.backing_file(device.kernel_name) != f"/virtmount:{device.disk_name}"
-
-
-class Direct:
-    """A device opened with O_DIRECT, so that every request reaches the disk."""
-
-    def __init__(self, path: str, flags: int = os.O_RDWR) -> None:
-        self.fd = os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC)
-
-    def __enter__(self) -> Direct:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        os.close(self.fd)
-
-    def read(self, offset: int, length: int) -> bytes:
-        buffer = mmap.mmap(-1, length)
-        assert os.preadv(self.fd, [buffer], offset) == length
-        return buffer[:]
-
-    def write(self, offset: int, data: bytes) -> None:
-        buffer = mmap.mmap(-1, len(data))
-        buffer[:] = data
-        assert os.pwritev(self.fd, [buffer], offset) == len(data)
 
 
 def pattern(length: int, seed: int = 1) -> bytes:
