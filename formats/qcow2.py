@@ -39,6 +39,7 @@ from virtmount.formats.qcow2_refcount import (
 from virtmount.formats.zstd import Decompressor, ZstdError
 from virtmount.hostfile import HostFile
 from virtmount.image import (
+    DEFAULTS,
     Caps,
     Dirty,
     Image,
@@ -46,9 +47,11 @@ from virtmount.image import (
     Layout,
     Leaf,
     Match,
+    Options,
     Reservation,
     Rule,
     Run,
+    Span,
 )
 from virtmount.plan import Barrier, Extend, Plan, Step, Truncate, Write
 
@@ -75,7 +78,7 @@ class QCOW2(Image):
         # Version 1 is another format, QCOW.
         return Match.SURE if head[:4] == MAGIC and head[4:8] != b"\0\0\0\1" else Match.NO
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: HostFile, options: Options = DEFAULTS) -> None:
         self._file = file
         self.files = [file]
         header = self._header = read_header(file)
@@ -198,7 +201,7 @@ class QCOW2(Image):
             "backing_format": header.parent.format if header.parent else None,
         }
 
-    def metadata(self) -> Iterator[tuple[int, int]]:
+    def metadata(self) -> Iterator[Span]:
         """Sorted, adjacent clusters joined.  Entries that name no possible table are left out."""
         size = self.cluster_size
         limit = _round_up(self._file.size, size)
@@ -207,9 +210,9 @@ class QCOW2(Image):
             if offset == end:
                 end += size
             elif offset > end and not offset % size and offset < limit:
-                yield start, end - start
+                yield Span(start, end - start)
                 start, end = offset, offset + size
-        yield start, end - start
+        yield Span(start, end - start)
 
     def _tables(self) -> list[int]:
         """Offsets of all clusters that hold the header or tables, sorted, as the entries say."""
@@ -243,7 +246,7 @@ class QCOW2(Image):
                 header.refcount_offset,
                 header.refcount_clusters * header.cluster_size // ENTRY,
             ),
-            self.metadata(),
+            (span[:2] for span in self.metadata()),
             cluster_size=header.cluster_size,
             order=header.refcount_order,
             table_offset=header.refcount_offset,

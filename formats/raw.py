@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from virtmount.errors import NotAnImage
 from virtmount.hostfile import HostFile
-from virtmount.image import Caps, Dirty, Image, Leaf, Match
+from virtmount.image import DEFAULTS, Caps, Dirty, Image, Leaf, Match, Options
 from virtmount.plan import Plan, Punch
 
 SECTOR = 512
@@ -26,7 +26,7 @@ class Raw(Image):
     def probe(cls, head: bytes, tail: bytes, size: int) -> Match:
         return Match.LIKELY if size > 0 else Match.NO
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: HostFile, options: Options = DEFAULTS) -> None:
         size = file.size
         if size == 0:
             raise NotAnImage(file, "", "empty: a raw image has at least one byte")

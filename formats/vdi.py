@@ -35,7 +35,21 @@ from construct import Bytes, Const, ConstructError, Int32ul, Int64ul, Padding, S
 
 from virtmount.errors import Corrupt, NotAnImage, Unsupported
 from virtmount.hostfile import HostFile
-from virtmount.image import Caps, Dirty, Image, Kind, Layout, Leaf, Match, Reservation, Rule, Run
+from virtmount.image import (
+    DEFAULTS,
+    Caps,
+    Dirty,
+    Image,
+    Kind,
+    Layout,
+    Leaf,
+    Match,
+    Options,
+    Reservation,
+    Rule,
+    Run,
+    Span,
+)
 from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate, Write
 
 SIGNATURE = (0xBEDA107F).to_bytes(4, "little")
@@ -97,7 +111,7 @@ class VDI(Image):
     def probe(cls, head: bytes, tail: bytes, size: int) -> Match:
         return Match.SURE if head[64:68] == SIGNATURE else Match.NO
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: HostFile, options: Options = DEFAULTS) -> None:
         self._file = file
         self.files = [file]
         self._sector = bytearray(file.pread(0, SECTOR))  # the whole header: written at once
@@ -257,8 +271,8 @@ class VDI(Image):
             "comment": header.comment.split(b"\0")[0].decode("utf-8", "replace"),
         }
 
-    def metadata(self) -> Iterable[tuple[int, int]]:
-        return ((0, self._data_offset),)
+    def metadata(self) -> Iterable[Span]:
+        return (Span(0, self._data_offset),)
 
     # Writing
 

@@ -40,7 +40,21 @@ from virtmount.formats import vhdx_header as headers
 from virtmount.formats.vhdx_header import MIB, NIL, Region
 from virtmount.formats.vhdx_log import ENTRY_CHANGES, SECTOR, LogWriter, Replay, find_replay
 from virtmount.hostfile import HostFile
-from virtmount.image import Caps, Dirty, Image, Kind, Layout, Leaf, Match, Reservation, Rule, Run
+from virtmount.image import (
+    DEFAULTS,
+    Caps,
+    Dirty,
+    Image,
+    Kind,
+    Layout,
+    Leaf,
+    Match,
+    Options,
+    Reservation,
+    Rule,
+    Run,
+    Span,
+)
 from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate, Write
 
 ENTRY = 8  # bytes of a BAT entry
@@ -64,7 +78,7 @@ class VHDX(Image):
     def probe(cls, head: bytes, tail: bytes, size: int) -> Match:
         return Match.SURE if head.startswith(headers.SIGNATURE) else Match.NO
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: HostFile, options: Options = DEFAULTS) -> None:
         self.file = file
         self.files = [file]
         self._creator = headers.read_creator(file)
@@ -127,8 +141,8 @@ class VHDX(Image):
         self._finish_begin()
         return Leaf(table=self._entry_offset(index * self.entries_per_leaf))
 
-    def metadata(self) -> Iterable[tuple[int, int]]:
-        return [(region.offset, region.length) for region in self._taken]
+    def metadata(self) -> Iterable[Span]:
+        return [Span(region.offset, region.length) for region in self._taken]
 
     def details(self) -> dict[str, Any]:
         header = self._header

@@ -41,6 +41,7 @@ struct vm_layout {  /* virtmount/image.py, Layout */
     uint64_t mask, scale;
     int64_t bias;
     uint64_t low;
+    uint64_t align;  /* a power of two, 512 or more */
     uint32_t rule_count, reserved;
     struct vm_rule rules[5];
 };
@@ -66,7 +67,7 @@ enum vm_flag {
     VM_WRITETHROUGH = 2,  /* every write is durable before it is acknowledged */
     VM_CAN_ZERO = 4,      /* whole clusters can be made to read as zeros: ZERO faults are answered */
     VM_CAN_DISCARD = 8,   /* DISCARD faults are answered; without it a discard does nothing */
-    VM_FLAT = 16          /* no map: guest byte b is byte flat_offset + b of file 0 */
+    VM_FLAT = 16          /* no map: guest byte b is byte flat_offset + b of file flat_file */
 };
 
 struct vm_config {
@@ -76,7 +77,7 @@ struct vm_config {
     uint32_t unit_shift, cluster_shift;
     uint32_t leaf_units;  /* a power of two, at least one cluster and at least 1 MiB / unit + 1 */
     uint32_t flags;  /* enum vm_flag */
-    uint32_t reserved;
+    uint32_t flat_file;
     uint64_t map_bytes;  /* clean leaves are dropped above this; 0: 64 MiB */
 };
 

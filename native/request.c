@@ -284,7 +284,8 @@ static bool walk(struct vm_engine *engine, struct request *request)
             return false;
         }
         if (engine->config.flags & VM_FLAT) {
-            walk_piece(engine, request, &open, write ? PIECE_WRITE : PIECE_READ, 0,
+            walk_piece(engine, request, &open, write ? PIECE_WRITE : PIECE_READ,
+                       engine->config.flat_file,
                        engine->config.flat_offset + at, left);
             continue;
         }

@@ -124,12 +124,11 @@ class Reference:
     def _in_metadata(self, layer: int, extent: Extent) -> bool:
         """Whether the whole host cluster of this extent touches the image's own metadata."""
         image = self.images[layer]
-        if extent.file != 0:
-            return False
         start = extent.host_offset - extent.guest_offset % image.cluster_size
         return any(
             start < offset + length and offset < start + image.cluster_size
-            for offset, length in self._metadata[layer]
+            for offset, length, file in self._metadata[layer]
+            if file == extent.file
         )
 
     # Writing

@@ -15,7 +15,7 @@ from virtmount.chain import open_chain
 from virtmount.disk import Disk
 from virtmount.engine import Buffer, Op
 from virtmount.extents import Mapped
-from virtmount.image import Image
+from virtmount.image import Image, Options
 from virtmount.info import ImageInfo, ParentInfo, inspect
 from virtmount.pager import Pager
 
@@ -33,20 +33,24 @@ def open(
     cache: str = "writeback",
     allow_outside: bool = False,
     parent_format: str | None = None,
+    force: bool = False,
+    options: Options | None = None,
 ) -> OpenDisk:
     """Open an image, of `format` or by its content, with its parents.
 
     cache: "writeback" (flush() makes durable), "writethrough" (every write does), or "none"
     (writeback, past the host's page cache where that is possible).  Parents are found in or below
     the image's folder only, unless allow_outside; parent_format is for one whose child does not
-    record it.  Locked against other users, as qemu does it.
+    record it; force takes one that was changed since.  `options` says everything else that there
+    is to say, and allow_outside then counts in there.  Locked against other users, as qemu does it.
     """
     chain = open_chain(
         path,
         format,
         writable=writable,
-        allow_outside=allow_outside,
+        options=options or Options(allow_outside=allow_outside),
         parent_format=parent_format,
+        force=force,
     )
     try:
         disk = Disk(chain, cache=cache)
@@ -67,9 +71,17 @@ def map_extents(
     *,
     allow_outside: bool = False,
     parent_format: str | None = None,
+    force: bool = False,
+    options: Options | None = None,
 ) -> Iterator[Mapped]:
     """Where the disk's bytes lie, in order and without gaps, as `qemu-img map` says it."""
-    chain = open_chain(path, format, allow_outside=allow_outside, parent_format=parent_format)
+    chain = open_chain(
+        path,
+        format,
+        options=options or Options(allow_outside=allow_outside),
+        parent_format=parent_format,
+        force=force,
+    )
     try:
         yield from extents.mapped(chain)
     finally:

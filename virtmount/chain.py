@@ -10,27 +10,31 @@ anywhere (CVE-2008-2004 and its many children).
 
 from __future__ import annotations
 
-import errno
+import dataclasses
 import os
-import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from virtmount import formats
 from virtmount.errors import Corrupt, Denied, ParentMissing, Unsupported
 from virtmount.hostfile import HostFile
-from virtmount.image import Chain, Image, ParentRef
+from virtmount.image import DEFAULTS, Chain, Image, Options, ParentRef
+from virtmount.siblings import (
+    NO_SUCH_FILE,
+    folders,
+    opened_path,
+    refuse_outside,
+    refuse_strange,
+    roots,
+)
 
 MAX_DEPTH = 64
-MAX_NAME = 4096
 MAX_MEMORY = 64 << 20  # twice the longest table of one image
-NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 # What qemu records as a format, and what we call it.
 QEMU_NAMES = {"vpc": "vhd", "host_device": "raw", "file": "raw"}
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _Inode = tuple[int, int, int]
 
 
@@ -39,16 +43,18 @@ def open_chain(
     format: str | None = None,
     *,
     writable: bool = False,
-    allow_outside: bool = False,
+    options: Options = DEFAULTS,
     parent_format: str | None = None,
+    force: bool = False,
     lock: bool = True,
 ) -> Chain:
     """The image at `path`, as `format` or by its content, and its parents, which are only read.
 
-    `parent_format` is for a parent whose child does not record one.  Everything is locked, and
-    everything is closed again if anything is wrong.
+    `parent_format` is for a parent whose child does not record one.  `force` takes a parent that
+    was changed since, or that is another one, as it is.  Everything is locked, and everything is
+    closed again if anything is wrong.
     """
-    opener = Opener(path, allow_outside=allow_outside, parent_format=parent_format, lock=lock)
+    opener = Opener(path, options=options, parent_format=parent_format, force=force, lock=lock)
     chain = Chain()
     try:
         chain.images.append(opener.open_top(format, writable=writable))
@@ -67,22 +73,27 @@ class Opener:
         self,
         path: str | os.PathLike[str],
         *,
-        allow_outside: bool = False,
+        options: Options = DEFAULTS,
         parent_format: str | None = None,
+        force: bool = False,
         lock: bool = True,
     ) -> None:
         self.path = Path(path)
-        self._allow_outside = allow_outside
+        # A link to the image: both the link's folder and the image's own are what the user meant.
+        self._options = dataclasses.replace(options, roots=options.roots or roots(self.path))
         self._parent_format = parent_format
+        self._force = force
         self._lock = lock
         self._seen: dict[_Inode, HostFile] = {}
         self._memory = 0
-        # A link to the image: both the link's folder and the image's own are what the user meant.
-        self._roots = {os.path.realpath(folder) for folder in _folders(self.path)}
 
     def open_top(self, format: str | None, *, writable: bool) -> Image:
         file = HostFile(self.path, writable=writable, lock=self._lock)
-        return self._make(file, lambda: formats.load(format) if format else formats.probe(file))
+        return self._make(
+            file,
+            self._options,
+            lambda: formats.load(format) if format else formats.probe(file),
+        )
 
     def open_parent(self, child: Image) -> Image | None:
         """The image that `child` is based on, or None."""
@@ -94,10 +105,10 @@ class Opener:
                 child.files[0], "parent", f"more than {MAX_DEPTH} images in the chain"
             )
         for name in ref.names:
-            _refuse_strange(child, name)
+            refuse_strange(child.files[0], "parent", name)
         first: Exception | None = None
         for name in ref.names:
-            for folder in _folders(child.files[0].path):
+            for folder in folders(child.files[0].path):
                 try:
                     return self._open_named(child, ref, os.path.join(folder, _local(name)))
                 except OSError as error:
@@ -113,19 +124,21 @@ class Opener:
 
     def _open_named(self, child: Image, ref: ParentRef, path: str) -> Image:
         real = os.path.realpath(path, strict=True)
-        self._refuse_outside(child, real)
+        refuse_outside(child.files[0], "parent", real, self._options)
         self._refuse_cycle(child, os.stat(real))
         file = HostFile(real, lock=self._lock)
         # The path may have changed since it was looked at; what counts is what is open.
         try:
-            self._refuse_outside(child, _opened_path(file) or real)
+            refuse_outside(child.files[0], "parent", opened_path(file) or real, self._options)
             self._refuse_cycle(child, os.fstat(file.fd))
         except BaseException:
             file.close()
             raise
         recorded = ref.format or self._parent_format
         image = self._make(
-            file, lambda: _recorded(child, recorded) if recorded else formats.probe(file)
+            file,
+            dataclasses.replace(self._options, snapshot=None, size_from=None),
+            lambda: _recorded(child, recorded) if recorded else formats.probe(file),
         )
         try:
             if not recorded and (image.parent is not None or len(image.files) > 1):
@@ -136,12 +149,7 @@ class Opener:
                     "further files",
                     hint=f"say --parent-format {image.name} if that is what it is",
                 )
-            if ref.identity and image.identity and ref.identity != image.identity:
-                raise ParentMissing(
-                    child.files[0],
-                    "parent",
-                    f"{file} is {image.identity}, expected {ref.identity}",
-                )
+            self._compare(child, ref, image)
             if image.sector_size != child.sector_size:
                 raise Unsupported(
                     file,
@@ -153,12 +161,12 @@ class Opener:
             raise
         return image
 
-    def _make(self, file: HostFile, driver: Callable[[], type[Image]]) -> Image:
+    def _make(self, file: HostFile, options: Options, driver: Callable[[], type[Image]]) -> Image:
         try:
             self._seen[_inode(os.fstat(file.fd))] = file
-            # Image.__init__ takes no argument, every driver's takes the file.
-            make: Callable[[HostFile], Image] = driver()
-            image = make(file)
+            # Image.__init__ takes no argument, every driver's takes these.
+            make: Callable[[HostFile, Options], Image] = driver()
+            image = make(file, options)
             self._memory += image.memory
             if self._memory > MAX_MEMORY:
                 text = f"tables of {self._memory} bytes in the chain, the most is {MAX_MEMORY}"
@@ -168,18 +176,22 @@ class Opener:
             file.close()
             raise
 
-    def _refuse_outside(self, child: Image, real: str) -> None:
-        if self._allow_outside:
+    def _compare(self, child: Image, ref: ParentRef, parent: Image) -> None:
+        """Refuse a parent that is not what the child was based on: the child's data would be mixed
+        with something else."""
+        if self._force:
             return
-        if not any(os.path.commonpath((root, real)) == root for root in self._roots):
-            raise Denied(
-                child.files[0],
-                "parent",
-                f"{real} lies outside of the image's folder",
-                hint="--allow-outside if you trust the image",
-            )
-        if not stat.S_ISREG(os.stat(real).st_mode):
-            raise Denied(child.files[0], "parent", f"{real} is not a regular file")
+        for what, expected, found in (
+            ("is", ref.identity, parent.identity),
+            ("was written since, its state is", ref.stamp, parent.stamp),
+        ):
+            if expected and found and expected != found:
+                raise ParentMissing(
+                    child.files[0],
+                    "parent",
+                    f"{parent.files[0]} {what} {found}, expected {expected}",
+                    hint="--force to use it all the same",
+                )
 
     def _refuse_cycle(self, child: Image, status: os.stat_result) -> None:
         if (known := self._seen.get(_inode(status))) is not None:
@@ -189,31 +201,6 @@ class Opener:
 def close_image(image: Image) -> None:
     for file in image.files:
         file.close()
-
-
-def _folders(path: Path) -> Iterator[str]:
-    """Where a relative name may start: the folder as named, then, for a link, the real one."""
-    named = os.path.dirname(os.path.abspath(path))
-    yield named
-    if path.is_symlink() and (real := os.path.dirname(os.path.realpath(path))) != named:
-        yield real
-
-
-def _refuse_strange(child: Image, name: str) -> None:
-    file = child.files[0]
-    try:
-        encoded = os.fsencode(name)
-    except UnicodeEncodeError:
-        encoded = b""
-    if not encoded or len(encoded) > MAX_NAME or b"\0" in encoded:
-        raise Corrupt(file, "parent", f"no possible file name: {name[:64]!r}")
-    if (match := _SCHEME.match(name)) and match[0] != "file:":
-        raise Unsupported(
-            file,
-            "parent",
-            f"{name[:64]!r} is not a local file",
-            hint="qemu-img rebase -u -b ./FILE for one whose name is meant so",
-        )
 
 
 def _local(name: str) -> str:
@@ -229,15 +216,6 @@ def _recorded(child: Image, format: str) -> type[Image]:
         raise Unsupported(
             child.files[0], "parent format", f"{format!r} is not supported, know {known}"
         ) from error
-
-
-def _opened_path(file: HostFile) -> str | None:
-    try:
-        return os.readlink(f"/proc/self/fd/{file.fd}")
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EACCES):
-            return None  # no /proc here
-        raise
 
 
 def _inode(status: os.stat_result) -> _Inode:

@@ -38,6 +38,7 @@ from virtmount.attachment import Order, clear
 from virtmount.chain import open_chain
 from virtmount.disk import Disk
 from virtmount.errors import NoTransport, VirtmountError
+from virtmount.image import Options
 from virtmount.links import Links
 from virtmount.pager import Pager
 from virtmount.state import Record
@@ -81,7 +82,7 @@ class Session:
             order.image,
             order.format,
             writable=not order.read_only,
-            allow_outside=order.allow_outside,
+            options=Options(allow_outside=order.allow_outside),
             parent_format=order.parent_format,
         )
         try:

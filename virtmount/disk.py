@@ -118,6 +118,7 @@ class Disk:
             sector_size=self.sector_size,
             flags=flags,
             flat_offset=self.flat or 0,
+            flat_file=self.image.flat_file,
         )
 
     @property

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from virtmount.errors import NoTransport
-from virtmount.image import Dirty, Layout, Run
+from virtmount.image import Dirty, Layout, Run, Span
 
 FAULT_BATCH = 256
 DIRTY_BATCH = 1 << 16
@@ -105,6 +105,7 @@ class Config:
     sector_size: int = 512
     flags: Flag = NO_FLAGS
     flat_offset: int = 0
+    flat_file: int = 0
     map_bytes: int = 0
 
 
@@ -126,6 +127,7 @@ class Engine:
             {
                 "size": config.size,
                 "flat_offset": config.flat_offset,
+                "flat_file": config.flat_file,
                 "sector_size": config.sector_size,
                 "unit_shift": config.unit_shift,
                 "cluster_shift": config.cluster_shift,
@@ -289,8 +291,9 @@ class Ranges:
     An image may have a million tables, so they are not kept as Python objects.
     """
 
-    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
-        merged, late = _merge(ranges)
+    def __init__(self, spans: Iterable[Span], file: int = 0) -> None:
+        """Those of `spans` that lie in file number `file`."""
+        merged, late = _merge(span[:2] for span in spans if span.file == file)
         if late:
             pairs = zip(merged[::2], merged[1::2], strict=True)
             merged, late = _merge(sorted([*pairs, *late]))
@@ -345,6 +348,7 @@ class Decoder:
                 "scale": layout.scale,
                 "bias": layout.bias,
                 "low": layout.low,
+                "align": layout.align,
                 "rule_count": len(layout.rules),
                 "rules": [
                     {"mask": rule.mask, "value": rule.value, "kind": int(rule.kind)}

@@ -112,14 +112,16 @@ class _Layer:
         self.image = image
         if image.layout is not None and image.flat is None:
             self._decoder = Decoder(image.layout, 0, image.cluster_size, 1)
-            self._forbidden = Ranges(image.metadata())
+            spans = [*image.metadata()] if len(image.files) > 1 else image.metadata()
+            self._forbidden = [Ranges(spans, file) for file in range(len(image.files))]
 
     def runs(self, start: int, end: int) -> Iterator[Extent]:
         """What this image says about guest bytes start … end; clusters merged within a leaf."""
         image = self.image
         if image.flat is not None:
             if start < end:
-                yield Extent(start, end - start, Kind.DATA, image.flat + start)
+                host = image.flat + start
+                yield Extent(start, end - start, Kind.DATA, host, image.flat_file)
             return
         size, per_leaf = image.cluster_size, image.entries_per_leaf
         cluster, stop = start // size, -(-end // size)
@@ -145,7 +147,10 @@ class _Layer:
         leaf = image.leaf(index)
         at = cluster * size
         if leaf.table is None:
-            if leaf.base is None:
+            if leaf.kind is Kind.PARTIAL and leaf.base is None:
+                for i in range(cluster, cluster + count):
+                    yield from image.slow(i)
+            elif leaf.base is None:
                 yield Extent(at, count * size, leaf.kind)
             else:
                 host = leaf.base + within * size
@@ -163,7 +168,7 @@ class _Layer:
             source=0,
             skip=0,
             limit=last_place(image.layout, size, image.files[leaf.data_file].size),
-            forbidden=self._forbidden if leaf.data_file == 0 else None,
+            forbidden=self._forbidden[leaf.data_file],
         )
         first, expected, step = 0, -1, 0  # of the open run
         for i, entry in enumerate(entries):

@@ -58,7 +58,7 @@ class Filler:
 
     def is_metadata(self, host_offset: int, length: int, file: int) -> bool:
         """Whether a host range of the top image belongs to its own metadata."""
-        return file == 0 and self._layers[0].forbidden.touch(host_offset, length)
+        return self._layers[0].forbidden[file].touch(host_offset, length)
 
 
 class _Layer:
@@ -78,7 +78,8 @@ class _Layer:
         self._clusters = -(-image.size // self._cluster)
         self._size = round_up(image.size, SECTOR)
         self._decoder = Decoder(image.layout, number, unit, self._repeat) if image.layout else None
-        self.forbidden = Ranges(image.metadata())
+        spans = [*image.metadata()] if len(image.files) > 1 else image.metadata()
+        self.forbidden = [Ranges(spans, file) for file in range(len(image.files))]
 
     def fill(self, entries: array[int], offset: int, length: int) -> None:
         """Answer for what is still ABSENT in entries, which begin at guest offset `offset`."""
@@ -87,7 +88,7 @@ class _Layer:
         # parent that is not longer the disk ends there too (see Disk.unit).
         units = -(-inside // self._unit)
         if self._image.flat is not None:
-            self._line(entries, 0, units, self._image.flat + offset, 0)
+            self._line(entries, 0, units, self._image.flat + offset, self._image.flat_file)
         else:
             self._tables(entries, offset, units)
         if self.number:
@@ -133,6 +134,9 @@ class _Layer:
                 self._line(entries, at, end, host, leaf.data_file)
             elif leaf.kind is Kind.COMPRESSED:
                 self._all(entries, at, end, entry(leaf.kind, self.number))
+            elif leaf.kind is Kind.PARTIAL:
+                self._all(entries, at, end, int(Kind.PARTIAL) << KIND_SHIFT)
+                self._slow(entries, at, end, offset)
             elif leaf.kind is not Kind.ABSENT:
                 known = leaf.kind in (Kind.ZERO, Kind.INVALID)
                 self._all(entries, at, end, entry(leaf.kind) if known else INVALID)
@@ -150,7 +154,7 @@ class _Layer:
             source=self._sources[leaf.data_file],
             skip=skip,
             limit=self._limit(leaf.data_file),
-            forbidden=self.forbidden if leaf.data_file == 0 else None,
+            forbidden=self.forbidden[leaf.data_file],
         )
         if partial:
             self._slow(entries, at, end, offset)
@@ -231,6 +235,6 @@ class _Layer:
         fits = 0 <= host < self._image.files[extent.file].size and host < MAX_HOST
         if not fits or host % SECTOR:
             return INVALID
-        if extent.file == 0 and self.forbidden.touch(host, self._unit):
+        if self.forbidden[extent.file].touch(host, self._unit):
             return INVALID
         return entry(extent.kind, self._sources[extent.file], host)

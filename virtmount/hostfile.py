@@ -43,6 +43,7 @@ class HostFile:
     def __init__(self, path: str | os.PathLike[str], *, writable: bool = False, lock: bool = True):
         self.path = Path(path)
         self.writable = writable
+        self.locked = lock
         self._patches = Patches()
         # O_NONBLOCK: opening a FIFO must fail below, not wait for a writer.
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK

@@ -2,7 +2,10 @@
 
 A driver says where guest bytes are and what must be written in which order.  It never touches
 guest data (except to inflate it), never schedules, locks, retries or logs, and performs no write:
-it reads through HostFile and answers with Plans.  All methods are called from one thread.
+it reads through HostFile and answers with Plans.  All methods are called from one thread, except
+inflate(), which several threads call at once.
+
+The types for making, checking and changing whole images are in upkeep.py.
 
 Units: every offset and size is in bytes; a *cluster* is the driver's allocation unit and a power
 of two; a *leaf* is the part of the mapping table that maps `entries_per_leaf` clusters (a power
@@ -14,13 +17,14 @@ from __future__ import annotations
 import enum
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from virtmount.errors import Unsupported
 from virtmount.hostfile import HostFile
 from virtmount.plan import Plan
+from virtmount.upkeep import Choice, Finding, New, Packer, Progress, Repair, Snapshot
 
 
 class Match(enum.IntEnum):
@@ -57,7 +61,7 @@ class Layout:
 
     The first matching rule (at most five) gives the kind, else DATA.  For DATA and SHARED the
     host offset is (entry & mask) * scale + bias; one below `low`, not a multiple of 512, or at or
-    past last_place() is INVALID.
+    past last_place() is INVALID.  So is one that is not a multiple of `align` (a power of two).
     """
 
     width: int
@@ -67,6 +71,7 @@ class Layout:
     bias: int = 0
     rules: tuple[Rule, ...] = ()
     low: int = 512
+    align: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +79,9 @@ class Leaf:
     """Where the table for one leaf lies.
 
     `table` is the byte offset of its first entry in file number `table_file`, or None: then all
-    clusters of the leaf are `kind` (ABSENT, ZERO, INVALID), or, where `base` is given, DATA that
-    lies in order from byte `base` of file number `data_file`.  `data_file` is also the file that
-    decoded host offsets refer to.
+    clusters of the leaf are `kind` (ABSENT, ZERO, INVALID, COMPRESSED, or PARTIAL: slow() is asked
+    for each), or, where `base` is given, DATA that lies in order from byte `base` of file number
+    `data_file`.  `data_file` is also the file that decoded host offsets refer to.
     """
 
     table: int | None = None
@@ -139,30 +144,71 @@ class ParentRef:
 
     `names` are paths in the order in which to try them, relative ones to the child's folder.
     `format` is a driver's name or None where the child does not record it.  `identity` is compared
-    with the parent's `identity` where both have one.
+    with the parent's `identity` where both have one: another image with the right name is refused.
+    `searched`: there is no name in the file, `names` were found by looking around.  `stamp`, where
+    both have one, says that the parent was not written since: compared with the parent's `stamp`.
     """
 
     names: tuple[str, ...]
     format: str | None = None
     identity: str | None = None
+    searched: bool = False
+    stamp: str | None = None
 
 
-@dataclass(slots=True)
-class Geometry:
-    """CHS as recorded; for people only."""
+class Span(NamedTuple):
+    """`length` bytes at `offset` of the image's file number `file`."""
 
-    cylinders: int = 0
-    heads: int = 0
-    sectors: int = 0
+    offset: int
+    length: int
+    file: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Cipher:
+    """How guest data is encrypted on the host, 512 bytes at a time; the engine does it.
+
+    `mode` is "xts" or "cbc" (AES; the key's length says which).  The initialization vector of a
+    sector is its number, 64 bits little-endian ("plain64"), counted from byte `origin` of the host
+    file it lies in, or of the guest disk where `by_guest`; with `essiv` (CBC only) that is
+    encrypted with AES under SHA-256 of the key first.
+    """
+
+    mode: str
+    key: bytes = field(repr=False)
+    essiv: bool = False
+    by_guest: bool = False
+    origin: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user said beyond the file's name.  A driver ignores what is not about it.
+
+    `roots`: folders that files named in an image may lie in (siblings.py); none: the folder of the
+    image itself.
+    """
+
+    allow_outside: bool = False
+    roots: tuple[str, ...] = ()
+    search_path: tuple[str, ...] = ()  # folders in which a parent without a name is looked for
+    snapshot: str | None = None  # name or id of an internal snapshot, instead of the present state
+    passphrase: Callable[[], bytes] | None = None  # asked only where one is needed
+    size_from: str | None = None  # VHD: "chs" or "current", where the two differ
+    changing_parent: bool = False  # it is being opened to name another parent: do not insist
+
+
+DEFAULTS = Options()
 
 
 class Image(ABC):
     """One opened file (or set of files) in one format.
 
-    The constructor validates everything that it uses and raises NotAnImage, Corrupt, Unsupported
-    or NeedsRecovery before anything is written.  `file.writable` says whether writing is wanted;
-    a driver that cannot write this variant raises Unsupported then.  Read-only images are never
-    written, not even by end().
+    The constructor, driver(file, options), validates everything that it uses and raises NotAnImage,
+    Corrupt, Unsupported or NeedsRecovery before anything is written.  It opens further files only
+    with siblings.open_sibling(), puts them into `files`, and closes those again if it raises.
+    `file.writable` says whether writing is wanted; a driver that cannot write this variant raises
+    Unsupported then.  Read-only images are never written, not even by end().
     """
 
     name: ClassVar[str]
@@ -174,9 +220,15 @@ class Image(ABC):
     cluster_size: int
     entries_per_leaf: int
     layout: Layout | None = None  # None: leaf() never answers with a table
-    flat: int | None = None  # host offset of guest byte 0 where all data lies in order in files[0]
+    flat: int | None = None  # host offset of guest byte 0 where all data lies in order in one file
+    flat_file: int = 0  # ... that file's number
+    # The number of a file in which each new cluster lies at its guest offset: reserve() is not
+    # called, and what no mapping uses of that file reads as zeros once begin()'s plan is done.
+    identity_file: int | None = None
+    cipher: Cipher | None = None  # of all DATA and SHARED clusters
     parent: ParentRef | None = None
     identity: str | None = None
+    stamp: str | None = None
     caps: Caps = Caps()
     memory: int = 0  # bytes of tables that are kept as long as it is open
 
@@ -205,15 +257,21 @@ class Image(ABC):
         return self.cluster_size
 
     def inflate(self, cluster: int) -> bytes:
-        """The `cluster_size` bytes of a COMPRESSED cluster, never more.  Corrupt or OSError."""
+        """The `cluster_size` bytes of a COMPRESSED cluster, never more.  Corrupt or OSError.
+
+        Called from several threads at once, also while a plan is being carried out: a cluster that
+        is not compressed any more is Corrupt like any other surprise, the engine looks again.  Past
+        the disk's end the cluster is filled up with zeros.  The long work (zlib, zstd ...) should
+        let other threads run.
+        """
         raise NotImplementedError
 
     def details(self) -> dict[str, Any]:
         """What `info` shows of this format: plain values, keys in snake_case."""
         return {}
 
-    def metadata(self) -> Iterable[tuple[int, int]]:
-        """(offset, length) of host ranges in files[0] in which no guest cluster may lie.
+    def metadata(self) -> Iterable[Span]:
+        """Host ranges in which no guest cluster may lie.
 
         A mapping that points into one is INVALID.  Asked once, after open.
         """
@@ -265,6 +323,58 @@ class Image(ABC):
         """At an orderly detach, after the last commit and release: clean flags, no leaks."""
         return Plan()
 
+    # Whole images.  Each says in its own words what it cannot do.
+
+    choices: ClassVar[Mapping[str, Choice]] = {}  # the options of create()
+    creates: ClassVar[bool] = False  # create() and the choices are there
+    checks: ClassVar[bool] = False  # check() is there
+    suffixes: ClassVar[tuple[str, ...]] = ()  # of file names, without the dot; the usual one first
+
+    @classmethod
+    def create(cls, new: New) -> Plan:
+        """An empty image (a differencing one with a parent).  Its constructor must accept it.
+
+        Raises Unsupported, naming the option, for what cannot be made.  Not everything need be
+        written: new files read as zeros wherever nothing is.
+        """
+        raise Unsupported(new.files[0], "", f"{cls.name}: images of this format cannot be made")
+
+    @classmethod
+    def packer(cls, new: New) -> Packer:
+        """Like create(), for a compressed image that is written once, from front to back."""
+        raise Unsupported(new.files[0], "", f"{cls.name}: compressed images cannot be made")
+
+    @classmethod
+    def check(
+        cls, file: HostFile, options: Options, repair: Repair
+    ) -> Iterator[Finding | Plan | Progress]:
+        """Look at all metadata, also of an image that the constructor refuses.
+
+        Yields findings, now and then how far it is, and, where `file.writable` and `repair` allows
+        it, plans: each is executed to its end, and made durable, before the next item is asked for.
+        Every plan leaves the image at least as whole as it was, at whatever step it is cut.  Works
+        in bounded memory.  Raises NotAnImage where there is nothing to check.
+        """
+        raise Unsupported(file, "", f"{cls.name}: images of this format cannot be checked")
+
+    def resize(self, size: int) -> Plan:
+        """Give the guest disk another size, in an image that is open for writing and idle.
+
+        New space reads as zeros.  A smaller one is Unsupported unless it is the format's way.
+        """
+        raise Unsupported(self.files[0], "", f"{self.name} {self.variant}: resize".rstrip())
+
+    def snapshots(self) -> Sequence[Snapshot]:
+        """The internal snapshots, oldest first."""
+        return ()
+
+    def rebase(self, parent: Image | None, name: str) -> Plan:
+        """Record another parent under `name`, or none; the data is the caller's business.
+
+        `name` is relative to this image's folder where both allow it, else absolute.
+        """
+        raise Unsupported(self.files[0], "", f"{self.name}: no parents can be recorded")
+
 
 def last_place(layout: Layout | None, cluster_size: int, file_size: int) -> int:
     """No cluster begins here or later: the file's end, rounded up to where one could begin."""
@@ -289,7 +399,7 @@ def decode(
             yield kind, 0
             continue
         host = (entry & layout.mask) * layout.scale + layout.bias
-        if host < layout.low or host % 512 or host >= limit or host >= 1 << 60:
+        if host < layout.low or host % layout.align or host >= limit or host >= 1 << 60:
             yield Kind.INVALID, 0
         else:
             yield kind, host
@@ -318,6 +428,8 @@ def leaf_extents(image: Image, leaf: Leaf, first: int, within: int, count: int) 
             if leaf.base is not None:
                 host = leaf.base + (within + i) * size
                 yield Extent(at, size, Kind.DATA, host, leaf.data_file)
+            elif leaf.kind is Kind.PARTIAL:
+                yield from image.slow(first + i)
             else:
                 yield Extent(at, size, leaf.kind)
         return

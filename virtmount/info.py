@@ -12,7 +12,7 @@ from typing import Any
 
 from virtmount.chain import Opener
 from virtmount.errors import VirtmountError
-from virtmount.image import Chain, Image
+from virtmount.image import Chain, Image, Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,17 @@ def inspect(
     *,
     allow_outside: bool = False,
     parent_format: str | None = None,
+    force: bool = False,
+    options: Options | None = None,
 ) -> ImageInfo:
     """Describe the image at `path`; errors are those of open(), except for those of parents."""
-    opener = Opener(path, allow_outside=allow_outside, parent_format=parent_format, lock=False)
+    opener = Opener(
+        path,
+        options=options or Options(allow_outside=allow_outside),
+        parent_format=parent_format,
+        force=force,
+        lock=False,
+    )
     chain = Chain([opener.open_top(format, writable=False)])
     try:
         return _describe(chain.top, _parents(opener, chain))

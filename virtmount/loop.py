@@ -220,13 +220,13 @@ def unsuitable(disk: Disk) -> str | None:
     image = disk.image
     if image.flat is None:
         return f"{image.variant or image.name} images need a translation of every offset"
-    if len(disk.layers) > 1 or len(image.files) > 1:
+    if len(disk.layers) > 1:
         return "the disk consists of several files"
     if image.files[0].writable and not disk.writable:
         return "the image cannot be written"
     if disk.cache == "writethrough":
         return "the loop driver cannot write through"
-    if image.flat + disk.size > image.files[0].size:
+    if image.flat + disk.size > image.files[image.flat_file].size:
         return "the file ends before the disk does"
     return None
 
@@ -245,10 +245,10 @@ class Loop(Transport):
     def start(self) -> str:
         disk = self._disk
         image = disk.image
-        file = image.files[0]
+        file = image.files[image.flat_file]
         reason = unsuitable(disk)
         if reason or image.flat is None:
-            raise Unsupported(file, "", f"{reason}: not for --transport loop")
+            raise Unsupported(image.files[0], "", f"{reason}: not for --transport loop")
         _refuse_second(image)
         if disk.writable:
             finish_metadata(image)
@@ -325,7 +325,7 @@ def finish_metadata(image: Image) -> None:
 
 def _refuse_second(image: Image) -> None:
     """Busy if somebody's loop device is on the file already: losetup takes no lock."""
-    file = image.files[0]
+    file = image.files[image.flat_file]
     found = os.fstat(file.fd)
     if other := device_of(found.st_dev, found.st_ino):
         raise Busy(file, "", f"already attached as {other}", hint=f"losetup --detach {other}")

@@ -59,7 +59,7 @@ static uint64_t obvious(const struct table *table, uint64_t i, uint64_t j)
         return (uint64_t)VM_INVALID << 60;
     __int128 host = (__int128)product + layout->bias;
     __int128 length = (__int128)table->repeat * table->unit;
-    if (host < 0 || host < layout->low || host % 512 || host >= table->limit
+    if (host < 0 || host < layout->low || host % layout->align || host >= table->limit
         || host >= (__int128)1 << 59)
         return (uint64_t)VM_INVALID << 60;
     for (uint64_t f = 0; f < table->forbidden_count; f++) {
@@ -80,6 +80,7 @@ static void make_layout(struct vm_layout *layout)
     layout->scale = PICK(1, 512, 4096, 1 << 20, 1ull << 40, 1ull << 63, UINT64_MAX, 0, rnd(0));
     layout->bias = PICK(0, 512, -512, 4096, 100, INT64_MAX, INT64_MIN, rnd(0));
     layout->low = PICK(0, 512, 65536, 1ull << 58, UINT64_MAX);
+    layout->align = PICK(512, 4096, 65536);
     layout->rule_count = rnd(6);
     for (uint32_t r = 0; r < 5; r++)
         layout->rules[r] = (struct vm_rule){PICK(UINT64_MAX, 0xffffffff, 1, 3, 0, 1ull << 62),

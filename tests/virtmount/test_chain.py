@@ -19,6 +19,7 @@ from virtmount.errors import (
     VirtmountError,
 )
 from virtmount.hostfile import HostFile
+from virtmount.image import Options
 
 pytestmark = pytest.mark.usefixtures("toy_format")
 SIZE = 64 << 10
@@ -103,7 +104,7 @@ def test_a_parent_outside_needs_the_users_word(folder: Path, make: object) -> No
         open_chain(top)
     assert "--allow-outside" in str(caught.value.hint)
     assert open_fds() == before
-    assert names_of(top, allow_outside=True) == ["child.toy", "outside.toy"]
+    assert names_of(top, options=Options(allow_outside=True)) == ["child.toy", "outside.toy"]
 
 
 def test_an_absolute_name_inside_the_folder_is_fine(folder: Path) -> None:
@@ -134,7 +135,7 @@ def test_the_parents_folder_gives_no_new_rights(folder: Path) -> None:
 def test_a_fifo_as_parent_neither_opens_nor_hangs(folder: Path, allow: bool) -> None:
     os.mkfifo(folder / "fifo")
     with pytest.raises((Denied, NotAnImage), match="regular file"):
-        open_chain(child_of(folder, "fifo"), allow_outside=allow)
+        open_chain(child_of(folder, "fifo"), options=Options(allow_outside=allow))
 
 
 def test_a_device_as_parent_is_refused(folder: Path) -> None:

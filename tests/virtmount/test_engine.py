@@ -29,7 +29,7 @@ from virtmount.engine import (
     ublk_control,
 )
 from virtmount.errors import NoTransport
-from virtmount.image import Kind, Layout, Rule, decode, last_place
+from virtmount.image import Kind, Layout, Rule, Span, decode, last_place
 
 MIB = 1 << 20
 FLAT = Config(size=MIB, unit_shift=16, cluster_shift=16, leaf_units=16, flags=Flag.FLAT)
@@ -159,7 +159,7 @@ ranges = st.lists(st.tuples(st.integers(0, 200), st.integers(0, 30)), max_size=1
 @given(ranges, st.integers(0, 220), st.integers(1, 40))
 def test_ranges_know_what_they_touch(pairs: list[tuple[int, int]], at: int, length: int) -> None:
     obvious = any(at < start + size and start < at + length for start, size in pairs if size)
-    assert Ranges(pairs).touch(at, length) is obvious
+    assert Ranges(Span(*pair) for pair in pairs).touch(at, length) is obvious
 
 
 layouts = st.builds(
@@ -215,7 +215,7 @@ def test_decode_is_the_twin_of_image_decode(
     raw = b"".join((n & mask).to_bytes(layout.width, order) for n in numbers)
     cluster = unit * repeat
     limit = last_place(layout, cluster, file_size)
-    done = Ranges(forbidden)
+    done = Ranges(Span(*pair) for pair in forbidden)
 
     expected: list[int] = []
     for kind, host in decode(layout, raw, cluster, file_size):

@@ -12,14 +12,16 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(
     path for room in ("virtmount", "formats", "ublk") for path in (ROOT / room).glob("*.py")
 )
-SPINE = {"errors", "plan", "image", "hostfile"}
+SPINE = {"errors", "plan", "image", "upkeep", "hostfile", "siblings"}
 # Files that many stand on: everything of ours that they may import.
 ALLOWED = {
     "virtmount.errors": set[str](),
     "virtmount.plan": set[str](),
     "virtmount.hostfile": {"errors", "patches", "plan"},
     "virtmount.patches": set[str](),
-    "virtmount.image": {"errors", "hostfile", "plan"},
+    "virtmount.upkeep": {"hostfile", "image", "plan"},  # image for types only
+    "virtmount.image": {"errors", "hostfile", "plan", "upkeep"},
+    "virtmount.siblings": {"errors", "hostfile", "image"},
     "virtmount.engine": {"errors", "image", "_engine"},
     "virtmount.disk": SPINE | {"engine"},
     "virtmount.fill": SPINE | {"engine", "disk"},

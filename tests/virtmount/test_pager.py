@@ -27,7 +27,7 @@ from virtmount.disk import Disk
 from virtmount.engine import Engine, FaultType, IoFlag, Op
 from virtmount.errors import Corrupt, NoTransport, Unsupported
 from virtmount.hostfile import HostFile
-from virtmount.image import Dirty, Extent, Kind, Leaf, Reservation, Run
+from virtmount.image import Dirty, Extent, Kind, Leaf, Options, Reservation, Run
 from virtmount.pager import Pager
 from virtmount.plan import Barrier, Plan, Step, Write
 
@@ -38,7 +38,9 @@ class Served:
     """An image served by engine and Pager, with a diary of what reached the driver and the file."""
 
     def __init__(self, path: Path, *, writable: bool = True, cache: str = "writeback") -> None:
-        self.disk = Disk(open_chain(path, writable=writable, allow_outside=True), cache=cache)
+        self.disk = Disk(
+            open_chain(path, writable=writable, options=Options(allow_outside=True)), cache=cache
+        )
         self.image: Toy = self.disk.image  # type: ignore[assignment]
         self.pager = Pager(self.disk).start()
         self.engine: Engine = self.pager.engine

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from virtmount.hostfile import HostFile
 from virtmount.image import (
+    DEFAULTS,
     Caps,
     Dirty,
     Extent,
@@ -21,10 +22,12 @@ from virtmount.image import (
     Layout,
     Leaf,
     Match,
+    Options,
     ParentRef,
     Reservation,
     Rule,
     Run,
+    Span,
 )
 from virtmount.plan import Barrier, Extend, Plan, Punch, Write
 
@@ -42,7 +45,7 @@ class Toy(Image):
     def probe(cls, head: bytes, tail: bytes, size: int) -> Match:
         return Match.SURE if head.startswith(MAGIC) else Match.NO
 
-    def __init__(self, file: HostFile) -> None:
+    def __init__(self, file: HostFile, options: Options = DEFAULTS) -> None:
         self.file = file
         self.files = [file]
         self.header: dict[str, Any] = json.loads(file.pread(0, DIRTY).rstrip(b"\0"))
@@ -109,8 +112,8 @@ class Toy(Image):
         self.called("inflate")
         return bytes([cluster % 251 + 1]) * self.cluster_size
 
-    def metadata(self) -> Iterable[tuple[int, int]]:
-        return [(0, TABLE + self.clusters * 8)]
+    def metadata(self) -> Iterable[Span]:
+        return [Span(0, TABLE + self.clusters * 8)]
 
     # Writing
 

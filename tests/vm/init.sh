@@ -2,7 +2,7 @@
 # Process 1 of the guest, twice: from the initramfs it puts the root file system
 # together, then from that (with the argument "command") it runs the command.
 #
-# /run/settings: shell variables TOKEN, FOLDER, SHARES, COMMAND.   /run/command: a script.
+# /run/settings: shell variables TOKEN, FOLDER, SHARES, COMMAND, ALIVE, LIMIT.   /run/command: a script.
 
 if [ "$1" != command ]; then
     b=/bin/busybox
@@ -80,6 +80,10 @@ $b mkfifo /run/vm/output
 $b cat /run/vm/output >&3 &
 cat=$!
 echo "$COMMAND" >/dev/kmsg
+# The host takes a machine that says nothing for one that hangs.
+(exec 3>&-; while echo "$ALIVE" >/dev/kmsg; do $b sleep 10; done) &
+# Shortly before the host gives up: which tasks wait for what.
+(exec 3>&-; $b sleep "$LIMIT"; echo w >/proc/sysrq-trigger) &
 /run/vm/command </dev/null >/run/vm/output 2>&1 3>&-
 status=$?
 # A daemon that the command left behind may hold the pipe open for ever.

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from . import kernels
+from . import kernels, machine
 from .archive import ArchiveError, machine_source
 from .machine import DIED, TIMED_OUT, Disk, Result, run
 from .programs import MissingProgram
@@ -115,6 +115,15 @@ class TestMachine:
         assert result.status == DIED
         assert result.problem.startswith("Kernel panic")
         assert "sysrq" in result.log
+
+    def test_machine_that_hangs_is_told_from_a_slow_command(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(machine, "SILENCE", 15.0)
+        assert shell("sleep 25; echo done").output == "done\n"
+        result = shell("kill -STOP -1; sleep 1000")
+        assert result.status == DIED
+        assert result.problem == "the machine hangs: silent for 15 s"
 
     def test_counting_instructions(self) -> None:
         result = shell("nproc", icount=True)
