@@ -11,7 +11,7 @@ SAMPLE := sample.vhdx
 CACHE_DIR := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtmount
 
 # What running needs, what testing needs on top (Debian package names).
-RUN_PACKAGES := gcc libc6-dev python3-dev python3-venv liburing-dev fuse3 libfuse3-3 kmod util-linux fdisk
+RUN_PACKAGES := gcc libc6-dev python3-dev python3-venv liburing-dev libssl-dev fuse3 libfuse3-3 kmod util-linux fdisk
 SAMPLE_PACKAGES := qemu-utils e2fsprogs
 TEST_PACKAGES := $(SAMPLE_PACKAGES) qemu-system-x86 seabios busybox-static cpio fio xfsprogs gdisk \
 	zstd xz-utils procps psmisc ca-certificates

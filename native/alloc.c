@@ -94,7 +94,7 @@ static void copy_next(struct vm_engine *engine, struct copy *copy)
             uint64_t at = copy->at[copy->part];
             uint64_t end = copy->end[copy->part];
             uint64_t unit_end = (at | (unit - 1)) + 1;
-            if (map_range_reads_zero(map, at, at + 1)) {
+            if (!engine->encrypts && map_range_reads_zero(map, at, at + 1)) {
                 copy->at[copy->part] = unit_end < end ? unit_end : end;
                 continue;
             }
@@ -125,6 +125,7 @@ void copy_read_done(struct vm_engine *engine, struct copy *copy, int error)
     piece->copy = copy;
     piece->file = copy->alloc->file;
     piece->host = copy->alloc->host + (copy->read.offset - copy->base);
+    piece->guest = copy->read.offset;
     piece->length = copy->read.length;
     piece->buf = copy->buf;
     piece_submit(engine, piece);
@@ -176,6 +177,30 @@ static struct copy *copy_new(struct vm_engine *engine, struct request *request, 
     return copy;
 }
 
+// A host cluster for a guest cluster.  false: the request was parked.
+static bool take_host(struct vm_engine *engine, struct request *request, struct piece **open,
+                      uint64_t start, struct pool_run *ret)
+{
+    struct map *map = &engine->map;
+    uint64_t size = 1ULL << map->cluster_shift;
+    if (engine->config.flags & VM_IDENTITY) {
+        *ret = (struct pool_run){start, 1, engine->config.identity_file, false};
+        return true;
+    }
+    // Ask before it is empty, so that the answer comes while the rest is being used.
+    if (engine->pool.clusters <= engine->pool.high / 2 && !engine->refill_asked) {
+        engine->refill_asked = true;
+        fault_ask(engine, VM_FAULT_REFILL, 0, 0,
+                  (request->end - request->cursor + size - 1) / size, NULL);
+    }
+    if (!pool_take(&engine->pool, map->cluster_shift, ret)) {
+        walk_submit(engine, open);
+        request_park(engine, request, WAIT_POOL, 0);
+        return false;
+    }
+    return true;
+}
+
 bool alloc_cluster(struct vm_engine *engine, struct request *request, struct leaf *leaf,
                    struct piece **open, uint64_t part_end)
 {
@@ -190,21 +215,15 @@ bool alloc_cluster(struct vm_engine *engine, struct request *request, struct lea
     bool hides = !map_range_reads_zero(map, start, end);
     bool copies = hides && ((part > start && !map_range_reads_zero(map, start, part))
                             || (part_end < end && !map_range_reads_zero(map, part_end, end)));
+    if (engine->encrypts)
+        copies = part > start || part_end < end;  // zeros on the host do not read as zeros
     if (copies && engine->copy_bytes + copy_room(engine) > ALL_COPIES_BYTES) {
         walk_submit(engine, open);
         request_park(engine, request, WAIT_COPY, 0);
         return false;
     }
-    // Ask before it is empty, so that the answer comes while the rest is being used.
-    if (engine->pool.clusters <= engine->pool.high / 2 && !engine->refill_asked) {
-        engine->refill_asked = true;
-        fault_ask(engine, VM_FAULT_REFILL, 0, 0, (request->end - part + size - 1) / size, NULL);
-    }
-    if (!pool_take(&engine->pool, map->cluster_shift, &run)) {
-        walk_submit(engine, open);
-        request_park(engine, request, WAIT_POOL, 0);
+    if (!take_host(engine, request, open, start, &run))
         return false;
-    }
     uint64_t host = run.host + (part - start);
     struct alloc *last = *open ? (*open)->alloc : NULL;
     bool extends = last && !copies && !request->zeroes && last->parts == 1
@@ -243,7 +262,7 @@ bool alloc_cluster(struct vm_engine *engine, struct request *request, struct lea
         engine->stats.copies++;
         copy_next(engine, copy);
     }
-    if (request->zeroes) {
+    if (request->zeroes && !engine->encrypts) {
         // A pool cluster reads as zeros already.
         request->cursor = part_end;
         alloc_part_done(engine, alloc, 0);

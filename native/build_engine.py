@@ -21,7 +21,7 @@ ffibuilder.set_source(
     sources=SOURCES,
     include_dirs=["native"],
     depends=["native/engine.h", "native/internal.h"],
-    libraries=["uring"],
+    libraries=["uring", "crypto"],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
 )
 

@@ -100,6 +100,8 @@ void vm_engine_destroy(struct vm_engine *engine)
     for (uint32_t i = 0; i < engine->file_count; i++)
         if (engine->files[i].sync_fd >= 0)
             close(engine->files[i].sync_fd);
+    for (uint32_t i = 0; i < engine->file_count; i++)
+        cipher_destroy(engine->files[i].cipher);
     if (engine->event_fd >= 0)
         close(engine->event_fd);
     if (engine->zero_fd >= 0)
@@ -129,8 +131,17 @@ int vm_engine_add_file(struct vm_engine *engine, int fd, int direct_fd, uint32_t
     if (direct_fd >= 0 && (direct_align < 512 || direct_align & (direct_align - 1)))
         return -EINVAL;
     engine->files[engine->file_count] = (struct file){
-        fd, direct_fd, owned ? open_for_sync(fd) : -1, direct_align, owned};
+        fd, direct_fd, owned ? open_for_sync(fd) : -1, direct_align, owned, NULL};
     return engine->file_count++;
+}
+
+int vm_engine_set_cipher(struct vm_engine *engine, uint32_t file, const struct vm_cipher *cipher)
+{
+    if (file >= engine->file_count || engine->files[file].cipher)
+        return -EINVAL;
+    int error = cipher_create(cipher, &engine->files[file].cipher);
+    engine->encrypts |= !error && engine->files[file].owned;
+    return error;
 }
 
 /* Commands: what the loop does for other threads. */
@@ -147,6 +158,18 @@ static void answer_begin(struct vm_engine *engine, int error)
     engine->begin_asked = false;
     engine->begun = !error;
     requests_wake(engine, WAIT_BEGIN, 0, error);
+}
+
+// They run at once: what the next answer brings may push this one out.
+static void answer_inflate(struct vm_engine *engine, const struct fault *fault, int error)
+{
+    struct request_list taken = requests_take(engine, WAIT_INFLATE, fault->ask.id);
+    struct request *request;
+    while ((request = list_pop(&taken))) {
+        request->inflate_unit = fault->ask.offset;
+        request->inflate_error = error;
+        request_run(engine, request);
+    }
 }
 
 static int answer(struct vm_engine *engine, struct command *command)
@@ -172,7 +195,7 @@ static int answer(struct vm_engine *engine, struct command *command)
                         ? inflated_keep(engine, fault->ask.arg, command->offset, command->data,
                                         command->length)
                         : -EIO;
-        requests_wake(engine, WAIT_INFLATE, fault->ask.id, error);
+        answer_inflate(engine, fault, error);
         break;
     case VM_FAULT_REFILL:
         answer_refill(engine, error);

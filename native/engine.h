@@ -67,6 +67,7 @@ enum vm_flag {
     VM_WRITETHROUGH = 2,  /* every write is durable before it is acknowledged */
     VM_CAN_ZERO = 4,      /* whole clusters can be made to read as zeros: ZERO faults are answered */
     VM_CAN_DISCARD = 8,   /* DISCARD faults are answered; without it a discard does nothing */
+    VM_IDENTITY = 32,     /* a new cluster lies at its guest offset of file identity_file: no pool */
     VM_FLAT = 16          /* no map: guest byte b is byte flat_offset + b of file flat_file */
 };
 
@@ -79,6 +80,21 @@ struct vm_config {
     uint32_t flags;  /* enum vm_flag */
     uint32_t flat_file;
     uint64_t map_bytes;  /* clean leaves are dropped above this; 0: 64 MiB */
+    uint32_t identity_file, reserved;
+};
+
+enum vm_cipher_mode {
+    VM_CIPHER_XTS = 1,  /* AES-XTS, keys of 32 or 64 bytes */
+    VM_CIPHER_CBC = 2   /* AES-CBC, keys of 16, 24 or 32 bytes */
+};
+
+struct vm_cipher {  /* virtmount/image.py, Cipher */
+    uint32_t mode;
+    uint32_t key_length;
+    uint32_t essiv;
+    uint32_t by_guest;
+    uint64_t origin;
+    uint8_t key[64];
 };
 
 struct vm_engine;
@@ -92,6 +108,9 @@ void vm_engine_destroy(struct vm_engine *engine);
  * Before vm_engine_run only.  Returns the file's number, at most 255. */
 int vm_engine_add_file(struct vm_engine *engine, int fd, int direct_fd, uint32_t direct_align,
                        int owned);
+/* What is read from file is decrypted, what is written to it encrypted, sector by sector.  Before
+ * vm_engine_run only.  Such a file must not be served with VM_UBLK_AUTO_BUF. */
+int vm_engine_set_cipher(struct vm_engine *engine, uint32_t file, const struct vm_cipher *cipher);
 /* The loop, on the calling thread, until vm_engine_stop.  0 or -errno of the ring's creation. */
 int vm_engine_run(struct vm_engine *engine);
 /* Ask the loop to end.  Requests that wait for an answer fail with ESHUTDOWN, pieces in flight end. */
@@ -124,7 +143,8 @@ int vm_faults_wait(struct vm_engine *engine, struct vm_fault *ret, uint32_t max,
 
 /* Answer FILL with leaf_units entries, or error = -errno: waiting requests fail, the leaf stays unknown. */
 int vm_fill(struct vm_engine *engine, uint64_t id, const uint64_t *entries, uint32_t count, int error);
-/* Answer INFLATE with the bytes of guest range [offset, offset + length), copied, or error. */
+/* Answer INFLATE with the bytes of guest range [offset, offset + length), copied, or error: requests
+ * that still find the unit compressed fail with it. */
 int vm_inflated(struct vm_engine *engine, uint64_t id, uint64_t offset, const void *data,
                 uint64_t length, int error);
 /* count adjacent host clusters that read as zeros, from host_offset of file; reused: held data before. */

@@ -37,6 +37,7 @@ struct file {
     int fd, direct_fd, sync_fd; /* -1: none */
     uint32_t align;
     bool owned;
+    struct cipher *cipher;  /* or NULL */
 };
 
 struct leaf {
@@ -100,6 +101,8 @@ struct request {
     uint64_t cursor, end;   /* of the walk: guest offsets */
     uint8_t *buf;           /* byte 0 is guest byte `offset` */
     uint64_t wait_for;      /* leaf index or fault id */
+    uint64_t inflate_unit;  /* a unit that could not be inflated, */
+    int inflate_error;      /* and why; 0: none */
     void *owner;            /* struct call or struct copy */
 };
 
@@ -137,9 +140,11 @@ struct piece {
     uint8_t op, mover, epoch;
     bool direct, refused;   /* goes to the O_DIRECT descriptor; which would not have it */
     uint16_t file, tag;
-    uint32_t length;
-    uint64_t host;
+    uint32_t length, done;  /* length: what is left */
+    uint64_t host, guest;
     uint8_t *buf;           /* or, IN_KERNEL, the offset in the registered buffer */
+    uint8_t *encrypted;     /* what is written instead of buf, or NULL */
+    int error;              /* it is not even tried */
 };
 
 struct fault {
@@ -211,6 +216,7 @@ struct vm_engine {
     uint64_t copy_bytes;    /* buffers of all copies */
     uint64_t requests;      /* not done */
     bool begun, begin_asked, refill_asked, stopping;
+    bool encrypts;          /* the top image's files */
     int failed;
     uint8_t *zeros;         /* MAX_IO of them */
     struct fault *asked;    /* not answered */
@@ -264,6 +270,13 @@ const struct inflated *inflated_find(struct vm_engine *engine, uint32_t layer, u
 int inflated_keep(struct vm_engine *engine, uint32_t layer, uint64_t offset, const void *data,
                   uint64_t length);
 void inflated_destroy(struct vm_engine *engine);
+
+/* cipher.c */
+int cipher_create(const struct vm_cipher *config, struct cipher **ret);
+void cipher_destroy(struct cipher *cipher);
+/* length: whole sectors.  ret may be from.  0 or -EIO. */
+int cipher_run(const struct cipher *cipher, bool encrypt, uint64_t host, uint64_t guest,
+               const uint8_t *from, uint64_t length, uint8_t *ret);
 
 /* fault.c */
 uint64_t fault_ask(struct vm_engine *engine, uint32_t type, uint64_t offset, uint64_t length,

@@ -27,9 +27,28 @@ struct piece *piece_new(struct vm_engine *engine, uint8_t op)
     return piece;
 }
 
+// Into a buffer of its own: the request's bytes are somebody else's to read.
+static void encrypt(struct vm_engine *engine, struct piece *piece)
+{
+    const struct cipher *cipher = engine->files[piece->file].cipher;
+    void *encrypted;
+    if (posix_memalign(&encrypted, 4096, piece->length)) {
+        piece->error = -ENOMEM;
+        return;
+    }
+    piece->error = cipher_run(cipher, true, piece->host, piece->guest, piece->buf, piece->length,
+                              encrypted);
+    piece->buf = piece->encrypted = encrypted;
+}
+
 static void enter(struct vm_engine *engine, struct piece *piece)
 {
     struct io_uring_sqe *sqe = next_sqe(engine);
+    if (piece->error) {
+        io_uring_prep_nop(sqe);
+        io_uring_sqe_set_data64(sqe, (uintptr_t)piece);
+        return;
+    }
     struct file *file = &engine->files[piece->file];
     uint64_t bits = piece->host | piece->length
                     | (piece->mover == IN_MEMORY ? (uintptr_t)piece->buf : 0);
@@ -61,6 +80,8 @@ static void enter(struct vm_engine *engine, struct piece *piece)
 
 void piece_submit(struct vm_engine *engine, struct piece *piece)
 {
+    if (piece->op == PIECE_WRITE && engine->files[piece->file].cipher)
+        encrypt(engine, piece);
     piece->epoch = engine->epoch;
     engine->flying[piece->epoch]++;
     engine->stats.host_reads += piece->op == PIECE_READ;
@@ -69,9 +90,21 @@ void piece_submit(struct vm_engine *engine, struct piece *piece)
     enter(engine, piece);
 }
 
+static void move_on(struct piece *piece, uint32_t length)
+{
+    piece->host += length;
+    piece->buf += length;
+    piece->length -= length;
+    piece->done += length;
+}
+
 // Returns true when the piece is over.
 static bool advance(struct vm_engine *engine, struct piece *piece, int *result)
 {
+    if (piece->error) {
+        *result = piece->error;
+        return true;
+    }
     if (*result == -EINTR || *result == -EAGAIN) {
         enter(engine, piece);
         return false;
@@ -89,6 +122,7 @@ static bool advance(struct vm_engine *engine, struct piece *piece, int *result)
             // Past the end of the file: a last cluster may be short, and reads as zeros.
             if (piece->mover == IN_MEMORY) {
                 memset(piece->buf, 0, piece->length);
+                move_on(piece, piece->length);
                 return true;
             }
             piece->op = PIECE_ZERO;
@@ -96,13 +130,20 @@ static bool advance(struct vm_engine *engine, struct piece *piece, int *result)
             *result = -EIO;
             return true;
         }
-        piece->host += *result;
-        piece->buf += *result;
-        piece->length -= *result;
+        move_on(piece, *result);
         enter(engine, piece);
         return false;
     }
+    move_on(piece, piece->length);
     return true;
+}
+
+// A whole read; buf and host stand at its end.
+static int decrypt(struct vm_engine *engine, struct piece *piece)
+{
+    uint8_t *start = piece->buf - piece->done;
+    return cipher_run(engine->files[piece->file].cipher, false, piece->host - piece->done,
+                      piece->guest, start, piece->done, start);
 }
 
 void piece_done(struct vm_engine *engine, struct piece *piece, int result)
@@ -110,6 +151,9 @@ void piece_done(struct vm_engine *engine, struct piece *piece, int result)
     if (!advance(engine, piece, &result))
         return;
     int error = result < 0 ? result : 0;
+    free(piece->encrypted);
+    if (!error && piece->op == PIECE_READ && engine->files[piece->file].cipher)
+        error = decrypt(engine, piece);
     struct request *request = piece->request;
     struct alloc *alloc = piece->alloc;
     struct copy *copy = piece->copy;

@@ -149,7 +149,7 @@ struct piece *walk_piece(struct vm_engine *engine, struct request *request, stru
     request->cursor += length;
     // Adjacent on the host is not enough: a hole in between was passed over without a piece.
     if (last && last->op == op && !last->alloc && last->length + length <= MAX_IO
-        && (request->zeroes || last->buf + last->length == buf)
+        && last->guest + last->length == request->offset + at
         && (op == PIECE_ZERO || (last->file == file && last->host + last->length == host))) {
         last->length += length;
         return last;
@@ -159,6 +159,7 @@ struct piece *walk_piece(struct vm_engine *engine, struct request *request, stru
     piece->request = request;
     piece->file = file;
     piece->host = host;
+    piece->guest = request->offset + at;
     piece->length = length;
     piece->mover = kernel ? IN_KERNEL : IN_MEMORY;
     piece->tag = request->tag;
@@ -185,6 +186,10 @@ static bool read_inflated(struct vm_engine *engine, struct request *request, uin
     const struct inflated *slot = inflated_find(engine, layer, at);
     if (!slot) {
         uint64_t unit = at >> engine->map.unit_shift << engine->map.unit_shift;
+        if (request->inflate_error && request->inflate_unit == unit) {
+            request->error = request->inflate_error;
+            return true;
+        }
         struct fault *fault = fault_find(engine, VM_FAULT_INFLATE, unit);
         uint64_t id = fault ? fault->ask.id
                             : fault_ask(engine, VM_FAULT_INFLATE, unit, 0, layer, NULL);

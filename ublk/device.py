@@ -151,7 +151,9 @@ class UblkDevice(Transport):
         asked = DeviceInfo(
             depth=DEPTH,
             max_io=self._params.max_io,
-            flags=features.wanted(features.known(self.control)),
+            flags=features.wanted(
+                features.known(self.control), zero_copy=self._params.zero_copy
+            ),
             tag=TAG,
         )
         try:

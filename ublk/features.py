@@ -56,10 +56,10 @@ class Flag(enum.IntFlag):
 ZERO_COPY = Flag.AUTO_BUF_REG | Flag.SUPPORT_ZERO_COPY | Flag.USER_COPY
 
 
-def wanted(known: int) -> Flag:
+def wanted(known: int, *, zero_copy: bool = True) -> Flag:
     """The flags to ask ADD_DEV for, of those that the kernel knows."""
     flags = Flag.USER_COPY | Flag.CMD_IOCTL_ENCODE
-    if known & ZERO_COPY == ZERO_COPY:
+    if zero_copy and known & ZERO_COPY == ZERO_COPY:
         flags |= ZERO_COPY
     # Without the bit the kernel scans by itself; with it we do, at a time that we know the end of.
     return flags | (Flag(known) & Flag.NO_AUTO_PART_SCAN)

@@ -59,6 +59,7 @@ class Params:
     rotational: bool = False
     discard: bool = False
     max_io: int = MAX_IO
+    zero_copy: bool = True  # data may go between host files and the kernel's buffers as it is
 
     def pack(self) -> bytes:
         """The struct for SET_PARAMS."""

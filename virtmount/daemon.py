@@ -232,6 +232,7 @@ def _prepare_ublk() -> Make:
             read_only=not disk.writable,
             volatile_cache=disk.cache != "writethrough",
             discard=disk.can_discard,
+            zero_copy=not disk.encrypted,
         )
         pager = Pager(disk).start()
         engine = pager.engine

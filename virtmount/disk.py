@@ -110,6 +110,9 @@ class Disk:
             flags |= Flag.CAN_ZERO | Flag.CAN_DISCARD
         if self.flat is not None:
             flags |= Flag.FLAT
+        identity = self.image.identity_file
+        if identity is not None:
+            flags |= Flag.IDENTITY
         return Config(
             size=self.size,
             unit_shift=unit.bit_length() - 1,
@@ -119,7 +122,13 @@ class Disk:
             flags=flags,
             flat_offset=self.flat or 0,
             flat_file=self.image.flat_file,
+            identity_file=identity or 0,
         )
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether any layer's data must pass through memory to be decrypted."""
+        return any(layer.cipher is not None for layer in self.layers)
 
     @property
     def can_discard(self) -> bool:
@@ -139,6 +148,10 @@ class Disk:
                     owned=entry.owned,
                 )
                 assert given == number
+            for number, layer in enumerate(self.layers):
+                if layer.cipher is not None:
+                    for file in self.numbers(number):
+                        engine.set_cipher(file, layer.cipher)
         except BaseException:
             engine.close()
             raise

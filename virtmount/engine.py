@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from virtmount.errors import NoTransport
-from virtmount.image import Dirty, Layout, Run, Span
+from virtmount.image import Cipher, Dirty, Layout, Run, Span
 
 FAULT_BATCH = 256
 DIRTY_BATCH = 1 << 16
@@ -60,6 +60,7 @@ class Flag(enum.IntFlag):
     CAN_ZERO = 4
     CAN_DISCARD = 8
     FLAT = 16
+    IDENTITY = 32
 
 
 class Op(enum.IntEnum):
@@ -76,6 +77,7 @@ class IoFlag(enum.IntFlag):
 
 
 NO_FLAGS = Flag(0)
+CIPHER_MODES = {"xts": 1, "cbc": 2}  # enum vm_cipher_mode
 NO_IO_FLAGS = IoFlag(0)
 
 
@@ -106,6 +108,7 @@ class Config:
     flags: Flag = NO_FLAGS
     flat_offset: int = 0
     flat_file: int = 0
+    identity_file: int = 0
     map_bytes: int = 0
 
 
@@ -128,6 +131,7 @@ class Engine:
                 "size": config.size,
                 "flat_offset": config.flat_offset,
                 "flat_file": config.flat_file,
+                "identity_file": config.identity_file,
                 "sector_size": config.sector_size,
                 "unit_shift": config.unit_shift,
                 "cluster_shift": config.cluster_shift,
@@ -154,6 +158,24 @@ class Engine:
         return check(
             self._lib.vm_engine_add_file(self._engine, fd, direct_fd, direct_align, int(owned))
         )
+
+    def set_cipher(self, file: int, cipher: Cipher) -> None:
+        """Before run().  OSError EINVAL: no such mode or key."""
+        if len(cipher.key) > 64:
+            check(-errno.EINVAL)
+        c_cipher = self._ffi.new(
+            "struct vm_cipher *",
+            {
+                "mode": CIPHER_MODES[cipher.mode],
+                "key_length": len(cipher.key),
+                "essiv": cipher.essiv,
+                "by_guest": cipher.by_guest,
+                "origin": cipher.origin,
+                "key": cipher.key,
+            },
+        )
+        check(self._lib.vm_engine_set_cipher(self._engine, file, c_cipher))
+        self._ffi.memmove(c_cipher.key, bytes(64), 64)
 
     def run(self) -> None:
         """The loop; returns after stop().  OSError: there is no io_uring."""

@@ -6,7 +6,8 @@ has to be written in which order, the format driver knows.  The Pager stands bet
 Invariants
 1. Every fault that wants an answer gets exactly one, whatever is raised meanwhile: an errno where
    the host gave one, else EIO, and a log line with the traceback.
-2. The driver is called from one thread: the Pager's, and after it has ended, close()'s.
+2. The driver is called from one thread: the Pager's, and after it has ended, close()'s.  But
+   inflate() runs on workers, so that decoding is parallel and nothing else waits for it.
 3. A returned plan is executed to its end before the driver is called again.
 4. Nothing is written to the image before begin()'s plan is done.
 5. A flush is answered after every mapping that was new when it arrived has been committed and all
@@ -35,6 +36,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from virtmount import hostfile
@@ -50,6 +52,7 @@ AHEAD_LOW, AHEAD_HIGH = 16 << 20, 64 << 20  # bytes of host clusters reserved ah
 HURRY = 1.0  # seconds: refills closer than this make the next one larger
 DISCARD_BATCH = 1 << 16  # clusters in one discard plan
 MAX_PLACES = 256  # remembered as already logged
+MAX_WORKERS = 4  # threads that inflate
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +87,10 @@ class Pager:
         self._ahead = AHEAD_LOW
         self._refilled = self._committed = time.monotonic()
         self._loop_error: VirtmountError | None = None
+        # Started one by one as they are needed: most images are not compressed.
+        self._workers = ThreadPoolExecutor(
+            min(os.cpu_count() or 1, MAX_WORKERS), thread_name_prefix="virtmount-inflate"
+        )
         self._threads = [
             threading.Thread(target=self._run_engine, name="virtmount-engine", daemon=True),
             threading.Thread(target=self._run, name="virtmount-pager", daemon=True),
@@ -131,6 +138,7 @@ class Pager:
             self.stop()
         for thread in started:
             thread.join()
+        self._workers.shutdown()
         try:
             if self._begun:
                 self._finish()
@@ -196,7 +204,7 @@ class Pager:
                 case FaultType.FILL:
                     self._fill(fault)
                 case FaultType.INFLATE:
-                    self._inflate(fault)
+                    self._workers.submit(self._inflate, fault)
                 case FaultType.REFILL:
                     self._answer(fault, functools.partial(self._refill, fault.arg))
                 case FaultType.BEGIN:
@@ -242,6 +250,7 @@ class Pager:
             self.engine.fill(fault.id, entries)
 
     def _inflate(self, fault: Fault) -> None:
+        """On a worker.  The engine hears of errors only where it still finds the cluster packed."""
         try:
             image = self.disk.layers[fault.arg]
             cluster = fault.offset // image.cluster_size
@@ -250,9 +259,11 @@ class Pager:
                 raise ValueError(f"inflate({cluster}): {len(data)} bytes")
         except BaseException as error:
             self._complain(error)
-            self.engine.inflated(fault.id, fault.offset, b"", -errno_of(error))
+            data, start, code = b"", fault.offset, -errno_of(error)
         else:
-            self.engine.inflated(fault.id, cluster * image.cluster_size, data)
+            start, code = cluster * image.cluster_size, 0
+        with contextlib.suppress(OSError):  # the loop has ended, and with it who asked
+            self.engine.inflated(fault.id, start, data, code)
 
     # Writing
 
@@ -314,6 +325,8 @@ class Pager:
         hostfile.execute(Plan(*steps), self._files, self.engine.drain)
 
     def _lose(self, run: Run) -> None:
+        if self._image.identity_file is not None:
+            return  # its place is taken whatever it holds
         if self._full and not self._failed:
             with self._failing():
                 self._image.release([run])

@@ -20,6 +20,8 @@ SANITIZERS = ("address,undefined", "thread")
 FLAGS = ["-std=gnu11", "-g", "-O1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-I", str(NATIVE)]
 
+LIBRARIES = ["-luring", "-lcrypto", "-lpthread"]
+
 Build = Callable[[Path, Path], None]  # source, program
 
 
@@ -39,7 +41,7 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     subprocess.run(["ar", "rcs", archive, *objects], check=True)
 
     def link(source: Path, program: Path) -> None:
-        subprocess.run([*gcc, "-o", program, source, archive, "-luring", "-lpthread"], check=True)
+        subprocess.run([*gcc, "-o", program, source, archive, *LIBRARIES], check=True)
 
     return link
 

@@ -27,6 +27,12 @@ def test_flags_to_ask_for(known, asked):
     assert features.wanted(known) == asked
 
 
+def test_data_that_has_to_be_decrypted_goes_through_memory():
+    asked = features.wanted(LINUX_7_2, zero_copy=False)
+    assert not asked & (Flag.AUTO_BUF_REG | Flag.SUPPORT_ZERO_COPY)
+    assert features.mode(asked) is UblkMode.USER_COPY
+
+
 @pytest.mark.parametrize(
     ("granted", "mode"),
     [
