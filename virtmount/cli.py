@@ -8,31 +8,32 @@ quick.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from virtmount import __version__
+from virtmount.cli_common import (
+    EXIT_CODES,
+    JSON_VERSION,
+    Parser,
+    common,
+    complain,
+    complain_usage,
+    existing,
+    format_options,
+    json_option,
+    print_path,
+    quiet_pipe,
+    say,
+)
 from virtmount.errors import VirtmountError
 
 if TYPE_CHECKING:
     from virtmount.api import ImageInfo
     from virtmount.state import Record
     from virtmount.tables import Column
-
-JSON_VERSION = 1  # of every object that --json prints; keys are added, never changed
-INTERRUPTED = 130
-
-EXIT_CODES = """\
-exit codes:
-  0   done                              6   a feature that is not supported
-  1   failed; the host's error          7   this kernel cannot serve the disk
-  2   wrong usage                       8   corrupt, or needs recovery first
-  3   not an image                      9   a parent is missing or another one
-  4   more privilege is needed          10  not attached
-  5   busy: locked, mounted, or open"""
 
 ATTACH_EXAMPLES = """\
 examples:
@@ -79,7 +80,7 @@ def vdiskload(argv: Sequence[str] | None = None) -> int:
 def _main(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     options = parser.parse_args(argv)
     try:
-        return _quiet_pipe(lambda: int(options.verb(options) or 0))
+        return quiet_pipe(lambda: int(options.verb(options) or 0))
     except (VirtmountError, OSError, KeyboardInterrupt) as error:
         if options.debug:
             import traceback
@@ -88,57 +89,7 @@ def _main(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         return complain(error)
 
 
-def complain(error: BaseException) -> int:
-    """Say what went wrong and what to do next; returns the exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED
-    text = str(error)
-    if isinstance(error, OSError):
-        what = error.strerror or str(error)
-        text = f"{os.fspath(error.filename)}: {what}" if error.filename is not None else what
-    _say(f"virtmount: {text}")
-    hint = getattr(error, "hint", None)
-    if hint:
-        _say(f"hint: {hint}")
-    return int(getattr(error, "exit_code", 1))
-
-
-def _say(text: str) -> None:
-    """For people; a name that is no text (or that could move the cursor) is made printable."""
-    shown = "".join(char if char.isprintable() else "?" for char in text)
-    encoding = sys.stderr.encoding or "ascii"
-    print(shown.encode(encoding, "replace").decode(encoding), file=sys.stderr, flush=True)
-
-
-def _print(path: str) -> None:
-    """For programs: a path, byte for byte."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
-    sys.stdout.flush()
-
-
-def _quiet_pipe(verb: Callable[[], int]) -> int:
-    """`virtmount map … | head` is not an error."""
-    try:
-        status = verb()
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # The interpreter flushes once more at its end.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
 # Options
-
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, prog: str | None = None, **options: Any) -> None:
-        super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\nhint: {self.prog} --help\n")
 
 
 def _parser() -> Parser:
@@ -162,12 +113,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _common(parser: argparse.ArgumentParser, verb: Callable[[Any], object], text: str) -> None:
-    parser.add_argument("--debug", action="store_true", help="with a traceback, if it fails")
-    parser.set_defaults(verb=verb)
-    parser.epilog = f"{text}\n{EXIT_CODES}" if text else EXIT_CODES
-
-
 def _describe_attach(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("image", metavar="IMAGE", help="file or block device that holds the image")
@@ -175,7 +120,7 @@ def _describe_attach(parser: argparse.ArgumentParser) -> None:
     image.add_argument(
         *("--read-only", "-r"), action="store_true", help="write nothing, not even a dirty flag"
     )
-    _format_options(image)
+    format_options(image)
     device = parser.add_argument_group("the device")
     device.add_argument(
         *("--name", "-N"),
@@ -198,23 +143,7 @@ def _describe_attach(parser: argparse.ArgumentParser) -> None:
     device.add_argument(
         "--foreground", action="store_true", help="serve from this process until Ctrl-C"
     )
-    _common(parser, attach, ATTACH_EXAMPLES)
-
-
-def _format_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        *("--format", "-f"),
-        metavar="FORMAT",
-        help="raw, qcow2, vhdx or vdi (default: by the content)",
-    )
-    group.add_argument(
-        "--parent-format", metavar="FORMAT", help="of a parent whose child does not record it"
-    )
-    group.add_argument(
-        "--allow-outside",
-        action="store_true",
-        help="follow parents out of the image's folder: only if you trust the image",
-    )
+    common(parser, attach, ATTACH_EXAMPLES)
 
 
 def _describe_detach(parser: argparse.ArgumentParser) -> None:
@@ -227,7 +156,7 @@ def _describe_detach(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="although it is in use: its users then see I/O errors and may lose data",
     )
-    _common(parser, detach, DETACH_EXAMPLES)
+    common(parser, detach, DETACH_EXAMPLES)
 
 
 def _describe_list(parser: argparse.ArgumentParser) -> None:
@@ -240,31 +169,27 @@ def _describe_list(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--noheadings", "-n", action="store_true", help="no line of headings")
     parser.add_argument("--bytes", "-b", action="store_true", help="sizes in bytes")
-    _json_option(parser)
-    _common(parser, list_, f"columns:\n{columns}\n{LIST_EXAMPLES}")
+    json_option(parser)
+    common(parser, list_, f"columns:\n{columns}\n{LIST_EXAMPLES}")
 
 
 def _describe_info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="IMAGE|DEVICE", help="an image, or an attached disk")
-    _format_options(parser.add_argument_group("the image"))
-    _json_option(parser)
-    _common(parser, info, INFO_EXAMPLES)
+    format_options(parser.add_argument_group("the image"))
+    json_option(parser)
+    common(parser, info, INFO_EXAMPLES)
 
 
 def _describe_map(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", metavar="IMAGE|DEVICE", help="an image, or an attached disk")
-    _format_options(parser.add_argument_group("the image"))
-    _json_option(parser)
-    _common(parser, map_, MAP_EXAMPLES)
+    format_options(parser.add_argument_group("the image"))
+    json_option(parser)
+    common(parser, map_, MAP_EXAMPLES)
 
 
 def _describe_doctor(parser: argparse.ArgumentParser) -> None:
-    _json_option(parser)
-    _common(parser, doctor, "")
-
-
-def _json_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", "-J", action="store_true", help="for programs")
+    json_option(parser)
+    common(parser, doctor, "")
 
 
 # Verbs
@@ -302,18 +227,18 @@ def _serve_here(order: Any) -> None:
 
 
 def _show_attached(disk: Any) -> None:
-    _print(disk.path)
+    print_path(disk.path)
     if sys.stderr.isatty():
         from virtmount.tables import size
 
         record = disk.record
         mode = "read-only" if record.read_only else "read-write"
-        _say(f"{record.format} {record.variant}, {size(record.size)}, {mode}, {record.transport}")
+        say(f"{record.format} {record.variant}, {size(record.size)}, {mode}, {record.transport}")
         for path, length in disk.partition_sizes():
-            _say(f"  {path}  {size(length)}")
+            say(f"  {path}  {size(length)}")
         first = next(iter(disk.partitions), disk.path)
-        _say(f"mount {'-o ro ' if record.read_only else ''}{first} /mnt")
-        _say(f"virtmount detach {disk.path}")
+        say(f"mount {'-o ro ' if record.read_only else ''}{first} /mnt")
+        say(f"virtmount detach {disk.path}")
 
 
 def detach(options: argparse.Namespace) -> int:
@@ -327,19 +252,13 @@ def detach(options: argparse.Namespace) -> int:
         try:
             for record in state.find(what):
                 if word := attachment.detach(record, force=options.force):
-                    _say(f"virtmount: {word}")
+                    say(f"virtmount: {word}")
         except (VirtmountError, OSError) as error:
             if options.debug:
                 raise
             code = complain(error)  # and go on with the others
             status = status or code
     return status
-
-
-def complain_usage(verb: str, text: str) -> int:
-    _say(f"virtmount {verb}: {text}")
-    _say(f"hint: virtmount {verb} --help")
-    return 2
 
 
 def list_(options: argparse.Namespace) -> int:
@@ -437,16 +356,8 @@ def _image_of(what: str) -> tuple[str, list[Record]]:
     try:
         records = state.find(what)
     except NotAttached:
-        return _existing(what), []
+        return existing(what), []
     return records[0].image, records
-
-
-def _existing(what: str) -> str:
-    from virtmount.errors import NotAttached
-
-    if not os.path.lexists(what) and "/" not in what:
-        raise NotAttached(what, "", "neither a file nor an attached disk", hint="virtmount list")
-    return what
 
 
 def _recorded_format(records: Sequence[Record]) -> str | None:
