@@ -360,7 +360,9 @@ class Image(ABC):
     def resize(self, size: int) -> Plan:
         """Give the guest disk another size, in an image that is open for writing and idle.
 
-        New space reads as zeros.  A smaller one is Unsupported unless it is the format's way.
+        New space reads as zeros.  A smaller one is Unsupported unless it is the format's way.  The
+        plan is all that is carried out: neither begin() nor end() is called around it, so it has
+        their flags and GUIDs where the format wants them; then the image is closed.
         """
         raise Unsupported(self.files[0], "", f"{self.name} {self.variant}: resize".rstrip())
 
@@ -371,7 +373,8 @@ class Image(ABC):
     def rebase(self, parent: Image | None, name: str) -> Plan:
         """Record another parent under `name`, or none; the data is the caller's business.
 
-        `name` is relative to this image's folder where both allow it, else absolute.
+        `name` is relative to this image's folder where both allow it, else absolute.  Called and
+        carried out like resize().
         """
         raise Unsupported(self.files[0], "", f"{self.name}: no parents can be recorded")
 
