@@ -23,7 +23,19 @@ U32 = 0xFFFFFFFF
 
 FIELDS = (
     Field("signature", 64, 4, r"header\+64", {}),
-    Field("version", 68, 4, r"header\+68", {0x00010000: r"header\+68", 0x00010001: OPENS}),
+    # Of version 0.x the image type lies where the header's size is now.
+    Field(
+        "version",
+        68,
+        4,
+        r"header\+68",
+        {
+            0: r"header\+72.*image type 384",
+            1: r"header\+72.*image type 384",
+            0x00010000: r"header\+68",
+            0x00010001: OPENS,
+        },
+    ),
     # What is behind the fields that we know is skipped; the map must not lie in there.
     Field(
         "header_size",
@@ -39,7 +51,13 @@ FIELDS = (
             441: r"header\+340",
         },
     ),
-    Field("type", 76, 4, r"header\+76", {1: OPENS, 2: OPENS, 3: "undo", 4: "differencing"}),
+    Field(
+        "type",
+        76,
+        4,
+        r"header\+76",
+        {1: OPENS, 2: OPENS, 3: r"header\+424.*undo", 4: r"header\+424"},
+    ),
     Field("flags", 80, 4, OPENS, {}),
     Field(
         "map_offset",
@@ -78,8 +96,9 @@ FIELDS = (
         4,
         r"header\+376",
         {
-            512: r"header\+376",
-            2048: r"header\+376",
+            256: r"header\+376",
+            512: r"header\+384",
+            2048: r"header\+384",
             4096: r"header\+384",  # then 8 blocks are too few
             MIB - 1: r"header\+376",
             MIB: OPENS,
@@ -88,7 +107,21 @@ FIELDS = (
             512 * MIB: r"header\+376",
         },
     ),
-    Field("block_extra", 380, 4, r"header\+380", {0: OPENS, 512: r"header\+380"}),
+    Field(
+        "block_extra",
+        380,
+        4,
+        r"header\+380",
+        {
+            0: OPENS,
+            1: (OPENS, r"header\+380"),
+            511: (OPENS, r"header\+380"),
+            512: OPENS,
+            MIB: (OPENS, "past the end"),
+            256 * MIB: (OPENS, "past the end"),
+            (256 * MIB) + 1: r"header\+380",
+        },
+    ),
     Field(
         "blocks",
         384,
@@ -108,6 +141,7 @@ FIELDS = (
 # Of these the guest's bytes are others.
 MOVED = {("data_offset", 1536), ("data_offset", 1 << 31), ("data_offset", U32 - 511)}
 MOVED |= {("block_size", 2 * MIB), ("block_size", 256 * MIB)}
+MOVED |= {("block_extra", value) for value in (1, 511, 512, MIB, 256 * MIB)}
 # Map entries behind the disk's end are 0, which is one more owner of block 0.
 TWICE = {("blocks", 9), ("blocks", 128)}
 

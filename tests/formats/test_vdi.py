@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from tests.reference import Reference
 from virtmount import hostfile
 from virtmount.errors import Corrupt, NotAnImage, Unsupported, VirtmountError
-from virtmount.formats.vdi import COUNT_AT, DISCARDED, NEVER_WRITTEN, VDI, runs
+from virtmount.formats.vdi import COUNT_AT, VDI
+from virtmount.formats.vdi_map import DISCARDED, NEVER_WRITTEN, runs
 from virtmount.hostfile import HostFile
 from virtmount.image import Dirty, Kind, Match, extents
 from virtmount.plan import Barrier, Extend, Plan, Punch, Write
@@ -161,19 +162,24 @@ def test_details(tmp_path: Path) -> None:
     ("name", "value", "error", "complaint"),
     [
         ("signature", 1, NotAnImage, r"header\+64: no VDI signature"),
-        ("version", 0x00000002, Unsupported, r"header\+68: version 0.2, know 1.1"),
-        ("version", 0x00010002, Unsupported, "version 1.2, know 1.1"),
-        ("version", 0x00020001, Unsupported, "version 2.1, know 1.1"),
+        ("version", 0x00010000, Unsupported, r"header\+68: version 1.0, know 0.x and 1.1"),
+        ("version", 0x00010002, Unsupported, "version 1.2, know 0.x and 1.1"),
+        ("version", 0x00020001, Unsupported, "version 2.1, know 0.x and 1.1"),
         ("header_size", 383, Corrupt, r"header\+72: header of 383 bytes"),
-        ("type", 3, Unsupported, r"header\+76: image type 3 \(undo\)"),
-        ("type", 4, Unsupported, r"image type 4 \(differencing\)"),
-        ("type", 0, Unsupported, r"image type 0 \(unknown\)"),
+        ("type", 3, Corrupt, r"header\+424: no parent is named, but undo images have one"),
+        ("type", 4, Corrupt, r"header\+424: no parent is named, but differencing images"),
+        ("type", 0, Unsupported, r"header\+76: image type 0, know 1 \(dynamic\)"),
         ("linkage_uuid", 1, Unsupported, r"header\+424: linkage_uuid names a parent"),
         ("parent_modification_uuid", 1, Unsupported, r"header\+440: parent_modification_uuid"),
-        ("block_extra", 512, Unsupported, "512 bytes of extra data"),
+        (
+            "block_extra",
+            (256 << 20) + 1,
+            Unsupported,
+            r"\+380: 268435457 bytes of extra data",
+        ),
         ("block_size", 0, Unsupported, "block size 0"),
         ("block_size", 4097, Unsupported, "block size 4097"),
-        ("block_size", 2048, Unsupported, "block size 2048"),
+        ("block_size", 256, Unsupported, "block size 256"),
         ("block_size", 1 << 31, Unsupported, "block size 2147483648"),
         ("disk_size", 0, Corrupt, r"header\+368: disk size 0"),
         ("disk_size", 4 * 4096 + 1, Corrupt, r"header\+384: 4 blocks of 4096 bytes"),
