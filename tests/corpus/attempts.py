@@ -361,10 +361,12 @@ def _trail(error: BaseException) -> str:
 
 def main() -> None:
     base_folder, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    loaded = {name: bases.load(base_folder, name) for name in bases.MAKERS}
+    loaded = {name: bases.load(base_folder, name) for name in bases.makers()}
     known = mutations.all_by_name()
     # Whatever is imported at first use is opened here, not under the watch.
     for base in loaded.values():
+        if beside := bases.makers()[base.name].beside:
+            beside(base.path)
         with contextlib.suppress(VirtmountError), virtmount.open(base.path, base.format) as disk:
             disk.pread(0, 4096)
         with contextlib.suppress(VirtmountError):

@@ -1,17 +1,21 @@
-"""Small images, made by qemu's tools, that the hostile ones are made of.
+"""Small images that the hostile ones are made of.
 
-Where things lie in them is read from the files by the few lines here, not by the drivers.
+Where things lie in them is read from the files by a few lines here, not by the drivers.  A format
+joins with a module of its name in this folder, that has MAKERS and mutations().
 """
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from tests.formats import make_vhdx
+from virtmount.formats import TABLE
 
 KIB, MIB = 1 << 10, 1 << 20
 HOLE = 64 * KIB  # zeros of at least this length are not kept in memory
@@ -19,6 +23,8 @@ HOLE = 64 * KIB  # zeros of at least this length are not kept in memory
 # Guest clusters of every base but the fixed ones: what is in them.
 DATA = (5, 3, 7, 0)  # in this order in the file
 ABSENT = (1, 2, 4, 6)
+QEMU_NAMES = {"vhd": "vpc"}
+
 # QCOW2 only.  The third L2 table, of clusters from 128 on, does not exist.
 PACKED, ZEROED, SECOND = (10, 11), (20, 21), (70, 66, 100)
 
@@ -33,6 +39,7 @@ class Base:
     cluster: int
     at: dict[str, int] = field(default_factory=dict)
     metadata: list[tuple[int, int]] = field(default_factory=list)  # (offset, length)
+    big: bool = False  # how its numbers are written
 
     @cached_property
     def content(self) -> bytes:
@@ -55,7 +62,26 @@ class Base:
 
     def number(self, offset: int, width: int) -> int:
         raw = self.content[offset : offset + width]
-        return int.from_bytes(raw, "big" if self.format == "qcow2" else "little")
+        return int.from_bytes(raw, "big" if self.big else "little")
+
+
+@dataclass(frozen=True)
+class Maker:
+    """How a base is made.
+
+    `make` writes the image, and answers with the guest's bytes where qemu-img cannot say them;
+    `locate` fills Base.at and Base.metadata.  `beside` writes the further files that belong to it.
+    `seal` makes checksums right again, for random changes: of an image as its pieces of HOLE bytes.
+    """
+
+    format: str
+    make: Callable[[Path], bytes | None]
+    cluster: int
+    locate: Callable[[Base], None]
+    big: bool = False
+    file_name: str = "image"
+    beside: Callable[[Path], None] | None = None
+    seal: Callable[[dict[int, bytearray]], None] | None = None
 
 
 def _guest_path(path: Path) -> Path:
@@ -135,7 +161,7 @@ def _vhdx_fixed(path: Path) -> None:
     )
 
 
-def _vhdx_logged(path: Path) -> None:
+def _vhdx_logged(path: Path) -> bytes:
     """The log wants block 1 to be what block 5 is not any more: one entry, one sector."""
     content = {c: bytes([c % 251 + 1]) * 64 * KIB for c in DATA}
     made = make_vhdx.make(path, 8 * MIB, content)
@@ -148,10 +174,12 @@ def _vhdx_logged(path: Path) -> None:
     made.put_headers(
         make_vhdx.header(3, log_guid=make_vhdx.LOG_GUID), make_vhdx.header(2, log_length=MIB)
     )
+    content[1] = content.pop(5)  # qemu does not read what has a log
+    return b"".join(content.get(c, b"").ljust(MIB, b"\0") for c in range(8))
 
 
 # name: format, how it is made, cluster size
-MAKERS: dict[str, tuple[str, Callable[[Path], None], int]] = {
+MAKERS: dict[str, tuple[str, Callable[[Path], bytes | None], int]] = {
     "qcow2": ("qcow2", _qcow2, 512),
     "qcow2-v2": ("qcow2", lambda path: _qcow2(path, "compat=0.10"), 512),
     "qcow2-zstd": ("qcow2", lambda path: _qcow2(path, "compression_type=zstd"), 512),
@@ -169,25 +197,56 @@ MAKERS: dict[str, tuple[str, Callable[[Path], None], int]] = {
 PARENT = "parent.raw"
 
 
-def make_all(folder: Path) -> None:
-    """All bases, with what qemu reads from each beside it."""
-    for name, (format, make, _) in MAKERS.items():
-        path = folder / name
-        make(path)
-        if name == "vhdx-logged":  # qemu does not read what has a log
-            content = {c: bytes([c % 251 + 1]) * 64 * KIB for c in DATA}
-            content[1] = content.pop(5)
-            guest = b"".join(content.get(c, b"").ljust(MIB, b"\0") for c in range(8))
-            _guest_path(path).write_bytes(guest)
+def modules() -> dict[str, ModuleType]:
+    """What there is of each format in the table.  A raw image has nothing that could be wrong."""
+    return {name: import_module(f"tests.corpus.{name}") for name in TABLE if name != "raw"}
+
+
+@cache
+def makers() -> Mapping[str, Maker]:
+    """All bases by name."""
+    found = {
+        name: Maker(
+            format,
+            make,
+            cluster,
+            {"qcow2": _map_qcow2, "vdi": _map_vdi, "vhdx": _map_vhdx}[format],
+            big=format == "qcow2",
+            beside=below if name == "qcow2-child" else None,
+        )
+        for name, (format, make, cluster) in MAKERS.items()
+    }
+    for format, module in modules().items():
+        for name, maker in getattr(module, "MAKERS", {}).items():
+            assert name not in found, name
+            assert maker.format == format, name
+            found[name] = maker
+    return found
+
+
+def below(path: Path) -> None:
+    (path.parent / PARENT).write_bytes(b"\xee" * (96 << 10))
+
+
+def make_all(folder: Path, only: str = "") -> None:
+    """All bases, or those of one format, with what is read from each beside it."""
+    for name, maker in makers().items():
+        if only and maker.format != only:
             continue
-        run("qemu-img", "convert", "-f", format, "-O", "raw", path, _guest_path(path))
+        path = folder / name
+        guest = maker.make(path)
+        if guest is None:
+            format = QEMU_NAMES.get(maker.format, maker.format)
+            run("qemu-img", "convert", "-f", format, "-O", "raw", path, _guest_path(path))
+        else:
+            _guest_path(path).write_bytes(guest)
 
 
 def load(folder: Path, name: str) -> Base:
     """A base that make_all() made."""
-    format, _, cluster = MAKERS[name]
-    base = Base(name, format, folder / name, cluster)
-    {"qcow2": _map_qcow2, "vdi": _map_vdi, "vhdx": _map_vhdx}[format](base)
+    maker = makers()[name]
+    base = Base(name, maker.format, folder / name, maker.cluster, big=maker.big)
+    maker.locate(base)
     return base
 
 

@@ -11,14 +11,13 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.corpus.bases import PARENT, Base
+from tests.corpus.bases import PARENT, Base, below
 from tests.corpus.mutations import (
     ANY,
     OPENS,
     Edit,
     Mutation,
     Writes,
-    below,
     link,
     nothing,
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from tests.corpus.bases import MAKERS, Base
-from tests.corpus.mutations import Case, below
+from tests.corpus.bases import Base, Maker, makers
+from tests.corpus.mutations import Case
 from tests.corpus.vhdx import HEADERS, LENGTHS, TABLES, sealed
 
-FORMATS = ("qcow2", "vdi", "vhdx")
+FORMATS = tuple(dict.fromkeys(maker.format for maker in makers().values()))
 POWERS = [1 << bit for bit in range(64)]
 ODD = [0, 1, 2, 7, 511, 512, 513, 4095, 4096, *POWERS, *(power - 1 for power in POWERS)]
 
@@ -19,7 +19,8 @@ def case(name: str, loaded: Mapping[str, Base]) -> Case:
     """`name` is format:seed."""
     format, _, _ = name.partition(":")
     rng = random.Random(name)
-    base = loaded[rng.choice([n for n, (f, _, _) in MAKERS.items() if f == format])]
+    base = loaded[rng.choice([n for n, maker in makers().items() if maker.format == format])]
+    maker = makers()[base.name]
     image = {at: bytearray(data) for at, data in base.pieces}
     size = base.size
     for _ in range(rng.choice((1, 1, 2, 3, 5, 12))):
@@ -27,20 +28,21 @@ def case(name: str, loaded: Mapping[str, Base]) -> Case:
         if rng.random() < 0.5:
             start, length = base.metadata[0][0], min(base.metadata[0][1], 120)
         _change(rng, base, image, start + rng.randrange(length))
-    if format == "vhdx" and rng.random() < 0.9:
+    seal = sealer(maker)
+    if seal and rng.random() < 0.9:
         seal(image)
     if rng.random() < 0.05:
         size = rng.randrange(size)
     return Case(
         name=name,
         format=format if rng.random() < 0.8 else None,
-        file_name="image",
+        file_name=maker.file_name,
         step=base.cluster,
         guest=None,
         loose=True,
         pieces=[(at, bytes(data)[: max(0, size - at)]) for at, data in image.items()],
         size=size,
-        beside=below if base.name == "qcow2-child" else None,
+        beside=maker.beside,
     )
 
 
@@ -55,7 +57,7 @@ def _change(rng: random.Random, base: Base, image: dict[int, bytearray], at: int
         new = bytearray(rng.randbytes(width))
     else:
         at -= at % width
-        order = "big" if base.format == "qcow2" else "little"
+        order = "big" if base.big else "little"
         if kind == 2:
             value = rng.choice(ODD)
         elif kind == 3:
@@ -77,7 +79,12 @@ def _get(image: Mapping[int, bytearray], at: int, length: int) -> bytearray:
     return bytearray(part[within : within + length].ljust(length, b"\0"))
 
 
-def seal(image: dict[int, bytearray]) -> None:
+def sealer(maker: Maker) -> Callable[[dict[int, bytearray]], None] | None:
+    """What makes the checksums of such an image right, where it has any."""
+    return seal_vhdx if maker.format == "vhdx" else maker.seal
+
+
+def seal_vhdx(image: dict[int, bytearray]) -> None:
     """Checksums that are right, so that more than they are looked at."""
     for at in (*HEADERS, *TABLES):
         if at in image:

@@ -1,14 +1,15 @@
-"""Fuzz one driver, guided by coverage, with atheris (which no test needs: pip install atheris).
+"""Fuzz one driver, guided by coverage, with atheris.
 
     python -m tests.corpus.fuzz FORMAT [FOLDER] [libFuzzer's options]
     python -m tests.corpus.fuzz vhdx found/ -max_total_time=600
     python -m tests.corpus.fuzz qcow2 crash-0123…        run one input again
 
-FORMAT is qcow2, vdi or vhdx.  Inputs that reach new code are kept in FOLDER.  An input is what the
-headers and tables of a base image (bases.py) are replaced with, after one byte that chooses the
-base; the checksums of VHDX are made right.  The driver is opened, read through the reference
-engine, written to, closed and opened again.  Anything but VirtmountError and OSError is a finding,
-and so is an input that takes 5 seconds or a gigabyte.  A finding becomes a mutation.
+FORMAT is a driver's name; test_fuzz.py runs each for some seconds.  Inputs that reach new code are
+kept in FOLDER.  An input is what the headers and tables of a base image (bases.py) are replaced
+with, after one byte that chooses the base; checksums are made right.  The driver is opened, read
+through the reference engine, written to, closed and opened again.  Anything but VirtmountError and
+OSError is a finding, and so is an input that takes 5 seconds or a gigabyte.  A finding becomes a
+mutation.
 """
 
 from __future__ import annotations
@@ -17,37 +18,45 @@ import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
 with atheris.instrument_imports(include=["virtmount"]):
+    from virtmount import formats
     from virtmount.errors import Unsupported, VirtmountError
-    from virtmount.formats import qcow2, vdi, vhdx
     from virtmount.hostfile import HostFile
     from virtmount.image import Image, extents
+
+    DRIVERS: dict[str, type[Image]] = {name: formats.load(name) for name in formats.TABLE}
 
 from tests.corpus import bases, flips
 from tests.corpus.bases import KIB, Base
 from tests.reference import Reference
 
 PLACES = 6  # of the disk that are read and written
-DRIVERS: dict[str, type[Image]] = {"qcow2": qcow2.QCOW2, "vdi": vdi.VDI, "vhdx": vhdx.VHDX}
+SLOW = {"qcow2-bomb"}  # bases with large clusters
 LIMITS = ("-timeout=5", "-rss_limit_mb=1024", "-max_len=16384", "-len_control=0")
 
 
 class Target:
-    """The bases of one format, and a file in memory that is made of one of them each time."""
+    """The bases of one format, and a file that is made of one of them each time."""
 
     def __init__(self, format: str, folder: Path) -> None:
-        bases.make_all(folder)
-        loaded = [bases.load(folder, name) for name in bases.MAKERS]
-        # The one with large clusters would be slow.
-        self.bases = [b for b in loaded if b.format == format and b.name != "qcow2-bomb"]
-        self.format = format
+        bases.make_all(folder, format)
+        names = [name for name, maker in bases.makers().items() if maker.format == format]
+        self.bases = [bases.load(folder, name) for name in names if name not in SLOW]
         self.driver = DRIVERS[format]
-        self.fd = os.memfd_create("image")
-        self.path = f"/proc/self/fd/{self.fd}"
+        # A folder for each: what lies beside one image is none of another's business.
+        self.paths: dict[str, Path] = {}
+        for base in self.bases:
+            maker = bases.makers()[base.name]
+            path = folder / f"{base.name}.fuzzed" / maker.file_name
+            path.parent.mkdir()
+            if maker.beside:
+                maker.beside(path)
+            self.paths[base.name] = path
 
     def seeds(self, folder: Path) -> None:
         """What the bases have, for a start."""
@@ -58,7 +67,9 @@ class Target:
     def __call__(self, data: bytes) -> None:
         if not data:
             return
-        self._make(self.bases[data[0] % len(self.bases)], data[1:])
+        base = self.bases[data[0] % len(self.bases)]
+        self.path = self.paths[base.name]
+        self._make(base, data[1:])
         with contextlib.suppress(VirtmountError, OSError):
             self._look()
         with contextlib.suppress(VirtmountError, OSError):
@@ -75,16 +86,16 @@ class Target:
                 target = image.setdefault(start, bytearray())
                 target.extend(bytes(max(0, within + len(piece) - len(target))))
                 target[within : within + len(piece)] = piece
-        if self.format == "vhdx":
-            flips.seal(image)
-        os.ftruncate(self.fd, 0)
-        for at, made in image.items():
-            os.pwrite(self.fd, made, at)
-        os.ftruncate(self.fd, max(base.size, os.fstat(self.fd).st_size))
+        if seal := flips.sealer(bases.makers()[base.name]):
+            seal(image)
+        with open(self.path, "wb") as file:
+            for at, made in image.items():
+                file.seek(at)
+                file.write(made)
+            file.truncate(max(base.size, os.fstat(file.fileno()).st_size))
 
     def _look(self) -> None:
-        with HostFile(self.path, lock=False) as file:
-            image = self._open(file)
+        with self._opened(writable=False) as image:
             image.details()
             with Reference([image]) as disk:
                 for at in self._places(image):
@@ -93,10 +104,11 @@ class Target:
             for cluster in range(0, min(256, image.size // image.cluster_size), 64):
                 with contextlib.suppress(VirtmountError):
                     list(extents(image, cluster * image.cluster_size, image.cluster_size))
+            image.snapshots()
 
     def _change(self) -> None:
-        with HostFile(self.path, writable=True, lock=False) as file:
-            disk = Reference([self._open(file)])
+        with self._opened(writable=True) as image:
+            disk = Reference([image])
             places = self._places(disk.top)
             for at in places[::2]:
                 disk.pwrite(at, b"new" * 100 if at + 300 <= disk.size else b"")
@@ -108,13 +120,19 @@ class Target:
             disk.pwrite(places[0], b"newer")
             disk.close()
 
-    def _open(self, file: HostFile) -> Image:
+    @contextlib.contextmanager
+    def _opened(self, *, writable: bool) -> Iterator[Image]:
         make = self.driver
-        image: Image = make(file)  # type: ignore[call-arg]
-        list(image.metadata())
-        if not image.size:
-            raise Unsupported(file, "", "a disk of 0 bytes")  # as virtmount.disk does
-        return image
+        with HostFile(self.path, writable=writable, lock=False) as file:
+            image: Image = make(file)  # type: ignore[call-arg]
+            try:
+                list(image.metadata())
+                if not image.size:
+                    raise Unsupported(file, "", "a disk of 0 bytes")  # as virtmount.disk does
+                yield image
+            finally:
+                for further in image.files:
+                    further.close()
 
     def _places(self, image: Image) -> list[int]:
         clusters = -(-image.size // image.cluster_size)

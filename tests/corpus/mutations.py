@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.corpus.bases import PARENT, Base
+from tests.corpus.bases import Base, makers, modules
 
 Writes = Sequence[tuple[int, bytes]]  # offset, bytes
 Edit = Callable[[Base], Writes]
@@ -73,7 +73,7 @@ class Mutation:
     size: int | None = None  # of the file; None: what it takes
     beside: Callable[[Path], None] | None = None
     format: str | None = "base"  # that is asked for; None: by content
-    file_name: str = "image"
+    file_name: str = ""  # the base's
 
     @property
     def refused(self) -> str:
@@ -81,7 +81,7 @@ class Mutation:
         return self.read if self.write is None else self.write
 
     def case(self, loaded: Mapping[str, Base]) -> Case:
-        base = loaded[self.base]
+        base, maker = loaded[self.base], makers()[self.base]
         writes = list(self.edit(base))
         size = self.size
         if size is None:
@@ -90,13 +90,13 @@ class Mutation:
         return Case(
             name=self.name,
             format=base.format if self.format == "base" else self.format,
-            file_name=self.file_name,
+            file_name=self.file_name or maker.file_name,
             step=base.cluster,
             guest=base.guest if self.guest else None,
             loose=self.loose,
             pieces=[*kept, *writes],
             size=size,
-            beside=self.beside or (below if self.base == "qcow2-child" else None),
+            beside=self.beside or maker.beside,
         )
 
 
@@ -107,10 +107,6 @@ def nothing(base: Base) -> Writes:
 def writing(*writes: tuple[int, bytes]) -> Edit:
     """The same, whatever the base."""
     return lambda base: writes
-
-
-def below(path: Path) -> None:
-    (path.parent / PARENT).write_bytes(b"\xee" * (96 << 10))
 
 
 @dataclass(frozen=True)
@@ -150,10 +146,10 @@ def link(name: str, target: str) -> Callable[[Path], None]:
 
 
 def all_by_name() -> dict[str, Mutation]:
-    from tests.corpus import chains, qcow2, vdi, vhdx
+    from tests.corpus import chains
 
     found: dict[str, Mutation] = {}
-    for module in (qcow2, vdi, vhdx, chains):
+    for module in (*modules().values(), chains):
         for mutation in module.mutations():
             assert mutation.name not in found, mutation.name
             found[mutation.name] = mutation

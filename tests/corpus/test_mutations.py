@@ -19,7 +19,15 @@ from tests.corpus import bases, mutations
 from tests.corpus.judge import Answer, judge
 from tests.corpus.mutations import Mutation
 
+pytestmark = pytest.mark.xdist_group("corpus")  # one question for all of them
 KNOWN = mutations.all_by_name()
+ENOUGH = 40
+
+
+@pytest.mark.parametrize("format", bases.modules())
+def test_every_driver_has_enough(format: str) -> None:
+    names = [name for name, m in KNOWN.items() if bases.makers()[m.base].format == format]
+    assert len(names) >= ENOUGH
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +39,7 @@ def answers(folder: Path, request: pytest.FixtureRequest) -> dict[str, Answer]:
         if isinstance(item, pytest.Function)
         and item.module is request.module
         and hasattr(item, "callspec")
+        and "name" in item.callspec.params
     ]
     return judge(folder, "mutation", names, keep=True)
 
@@ -40,7 +49,7 @@ def answers(folder: Path, request: pytest.FixtureRequest) -> dict[str, Answer]:
 def test_hostile_image(name: str, answers: dict[str, Answer]) -> None:
     mutation, answer = KNOWN[name], answers[name]
     assert not answer.died, answer.died
-    cluster = bases.MAKERS[mutation.base][2]
+    cluster = bases.makers()[mutation.base].cluster
     _check(mutation, answer.read, mutation.read, cluster)
     _check(mutation, answer.write, mutation.refused, cluster)
     if answer.path:
@@ -70,7 +79,8 @@ def _check(mutation: Mutation, verdict: dict[str, Any], pattern: str, cluster: i
 
 def _ask_qemu(mutation: Mutation, before: Path, after: Path) -> None:
     """The image must not be in worse order than it was, nor harm qemu-img."""
-    format = mutation.base.partition("-")[0]
+    format = bases.makers()[mutation.base].format
+    format = bases.QEMU_NAMES.get(format, format)
     was, now = _damage(before, format), _damage(after, format)
     if was is not None and not mutation.loose:
         assert now is not None, "qemu-img does not open it any more"
