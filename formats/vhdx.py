@@ -1,24 +1,27 @@
-"""VHDX: dynamic and fixed disks of Hyper-V, read and written.
+"""VHDX: dynamic, fixed and differencing disks of Hyper-V, read and written.
 
 Source: [MS-VHDX] 20240423.  Images made by Windows and by qemu-img 7.2 were read and written with
-it; what Hyper-V says to what we write is not known.  Not handled: differencing disks (HasParent),
-refused at open, and with them sector bitmaps and partially present blocks.
+it; differencing disks that it made are read by libvhdi and 7-Zip.  What Hyper-V says to what we
+write is not known.
 
 What the specification leaves open, and what we do:
 
-- A block that is not present, undefined or unmapped may read as anything: it reads as zeros.
+- A block that is not present (without a parent), undefined or unmapped may read as anything: it
+  reads as zeros.
 - State 5 is reserved; it is what version 0.95 of the specification called unmapped: zeros.
 - BAT entries of sector bitmaps mean nothing without a parent and are not looked at (older qemu
-  left copies of other entries in them).
-- A discarded block becomes ZERO, the one state that promises zeros, and with file offset 0: Hyper-V
-  does not read ZERO blocks that have one (so qemu's source says).
+  left copies of other entries in them); with one, only where a block is partially present.
+- A discarded block becomes ZERO, the one state that promises zeros and hides the parent, and with
+  file offset 0: Hyper-V does not read ZERO blocks that have one (so qemu's source says).
+- A new block is always whole, so sector bitmaps are read and never written: writing to a block that
+  is partially present moves it, and nothing refers to its bits any more.
 
-Writing.  Every change of the BAT goes through the log (vhdx_log.py); data blocks never do.
+A log may change guest data too, though no program known to us writes such ones.  Read-only, such
+clusters are answered by inflate(); for writing the log has to be replayed first.
 
-1. FileWriteGuid and DataWriteGuid change in both headers before anything else is written, then a
-   log that was found is applied.
-2. The header names our log only once its first entry is durable, and no longer names it before
-   the file is cut at the end.
+Writing.  Every change of the BAT goes through the log (vhdx_log.py); data blocks never do.  Rules 1
+and 2 are in vhdx_journal.py.
+
 3. The entry that unmaps a block is durable before the block is punched or used again.
 4. The file is as long as its blocks need, durably, before an entry maps them: qemu does not make it
    longer when it replays.
@@ -28,47 +31,48 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
-from uuid import uuid4
+from uuid import UUID
 
-from virtmount.errors import Corrupt, Unsupported
+from virtmount.errors import Corrupt, NeedsRecovery, Unsupported
+from virtmount.formats import vhdx_bat as bat
 from virtmount.formats import vhdx_header as headers
-from virtmount.formats.vhdx_header import MIB, NIL, Region
-from virtmount.formats.vhdx_log import ENTRY_CHANGES, SECTOR, LogWriter, Replay, find_replay
+from virtmount.formats import vhdx_locator
+from virtmount.formats.vhdx_bat import ENTRY, PARTIAL, PRESENT, STATE, ZERO, Table, runs
+from virtmount.formats.vhdx_header import MIB, NIL, Header, Region
+from virtmount.formats.vhdx_journal import Journal, apply_in_memory
+from virtmount.formats.vhdx_log import Replay, find_replay
 from virtmount.hostfile import HostFile
 from virtmount.image import (
     DEFAULTS,
     Caps,
     Dirty,
+    Extent,
     Image,
     Kind,
     Layout,
     Leaf,
     Match,
     Options,
+    ParentRef,
     Reservation,
     Rule,
     Run,
     Span,
+    last_place,
 )
-from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate, Write
+from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate
 
-ENTRY = 8  # bytes of a BAT entry
-STATE = 7  # mask
-PRESENT, ZERO = 6, 2
-INVALID = (4, 7)  # reserved, and partially present, which only a block with a parent can be
 MAX_LEAF = 4096  # entries
 FLAT_ENTRIES = 1 << 16  # of a fixed disk's BAT that is read to see whether all lies in order
-SURVEY_ENTRIES = 1 << 20  # BAT entries that are looked at one by one before the file is written
-MAX_HOLES = 1 << 16  # between the blocks of a file, that are used again
-SURVEY_SIZE = 1 << 44  # ... in a file of at most so many bytes
-CHUNK = MIB  # of the BAT, read at once
 MAX_HOST = 1 << 60  # the map's limit
 GROWTH = 32 * MIB  # the file is made so much longer than the blocks need
+PATCHED_CLUSTER = MIB  # of a disk whose data is changed by a log that was replayed in memory
+
+_RUNS = re.compile(r"0+|1+")
 
 
 class VHDX(Image):
@@ -83,46 +87,46 @@ class VHDX(Image):
         self.files = [file]
         self._creator = headers.read_creator(file)
         self._header, self._slot = headers.read_headers(file)
-        self._replay = self._find_replay()
+        self._replay = find_log(file, self._header)
         if self._replay:
-            self._apply_in_memory(self._replay)
-        self._regions, self._region_table = headers.read_regions(file)
-        taken = list(self._regions.values())
-        if self._header.log_length:
-            taken.append(Region("log", self._header.log_offset, self._header.log_length))
-        headers.check_overlaps(file, taken)
-        self._taken = [Region("header section", 0, headers.HEADER_SECTION), *taken]
-        disk = headers.read_disk(file, self._regions[headers.METADATA])
+            apply_in_memory(file, self._replay)
+        self.regions, self._region_table = headers.read_regions(file)
+        self.taken = taken_regions(self._header, self.regions)
+        headers.check_overlaps(file, self.taken[1:])
+        self.disk = disk = headers.read_disk(file, self.regions[headers.METADATA])
+        self.table = open_table(file, disk, self.regions[headers.BAT])
 
-        self._disk = disk
-        self.variant = "fixed" if disk.fixed else "dynamic"
+        self.variant = "differencing" if disk.has_parent else "fixed" if disk.fixed else "dynamic"
         self.size = disk.size
         self.sector_size = disk.sector_size
         self.physical_sector_size = disk.physical_sector_size
         self.identity = str(self._header.data_write_guid)
-        self.cluster_size = disk.block_size
-        # After so many entries comes one for a sector bitmap.
-        self._chunk = (disk.sector_size << 23) // disk.block_size
-        self.entries_per_leaf = min(self._chunk, MAX_LEAF)
-        self.layout = Layout(
+        self._locator = self._read_locator(options) if disk.has_parent else None
+        if self._locator:
+            identity = str(self._locator.identity)
+            self.parent = ParentRef(self._locator.names(file.path.name), "vhdx", identity)
+        self._layout = Layout(
             width=ENTRY,
             byteorder="little",
             mask=0xFFFFFFFFFFF00000,
             low=headers.HEADER_SECTION,
             rules=(
                 Rule(STATE, 0, Kind.ABSENT),
-                Rule(STATE, 5, Kind.ZERO),
                 Rule(4, 0, Kind.ZERO),  # 1 undefined, 2 zero, 3 unmapped
-                Rule(STATE, PRESENT, Kind.DATA),
-                Rule(0, 0, Kind.INVALID),  # INVALID
+                Rule(STATE, 5, Kind.ZERO),
+                Rule(STATE, 4, Kind.INVALID),
+                # Only a block with a parent can be partially present.
+                Rule(STATE, PARTIAL, Kind.PARTIAL if disk.has_parent else Kind.INVALID),
             ),
         )
-        self._blocks = -(-disk.size // disk.block_size)
-        self._bat = self._regions[headers.BAT]
-        needed = self._entry_offset(self._blocks - 1) + ENTRY - self._bat.offset
-        if needed > self._bat.length:
-            text = f"{self._bat.length} bytes, {needed} needed for {self._blocks} blocks"
-            raise Corrupt(file, f"BAT at {self._bat.offset}", text)
+        self._partial = False  # whether any block is partially present
+        self._bitmaps: dict[int, int] = {}  # of chunks with such blocks: where the bitmap block is
+        if disk.has_parent:
+            self._find_bitmaps()
+        self._patched = Ranges(self._changed_data())
+        self.cluster_size = PATCHED_CLUSTER if self._patched else disk.block_size
+        self.entries_per_leaf = MAX_LEAF if self._patched else min(disk.chunk, MAX_LEAF)
+        self.layout = None if self._patched else self._layout
         self.flat = self._find_flat()
 
         self.caps = Caps(
@@ -139,189 +143,201 @@ class VHDX(Image):
 
     def leaf(self, index: int) -> Leaf:
         self._finish_begin()
-        return Leaf(table=self._entry_offset(index * self.entries_per_leaf))
+        if self._patched:
+            return Leaf(kind=Kind.PARTIAL)
+        return Leaf(table=self.table.place(index * self.entries_per_leaf))
+
+    @property
+    def grain(self) -> int:
+        return self.sector_size if self._partial else self.cluster_size
+
+    def slow(self, cluster: int) -> Sequence[Extent]:
+        self._finish_begin()
+        return list(self._pieces(cluster))
+
+    def inflate(self, cluster: int) -> bytes:
+        """Data that a log changes, as it will be: see PATCHED_CLUSTER."""
+        block, within = divmod(cluster * self.cluster_size, self.disk.block_size)
+        kind, host = self._block(block)
+        if not self._patched or kind not in (Kind.DATA, Kind.PARTIAL):
+            raise Corrupt(self.file, self.table.describe(block), "nothing that the log changes")
+        return self.file.pread_padded(host + within, self.cluster_size)
 
     def metadata(self) -> Iterable[Span]:
-        return [Span(region.offset, region.length) for region in self._taken]
+        return [Span(region.offset, region.length) for region in self.taken]
 
     def details(self) -> dict[str, Any]:
-        header = self._header
+        header, slot = self._header, self._slot
+        if self.file.writable:
+            header, slot = self.journal.header, self.journal.slot
         if self._replay:
             log = f"to be replayed, {self._replay.entries} entries"
         elif header.log_guid != NIL:
             log = "in use" if self._begun else "empty, though the header names one"
         else:
             log = "empty"
-        return {
+        found = {
             "creator": self._creator,
-            "block_size": self.cluster_size,
+            "block_size": self.disk.block_size,
             "logical_sector_size": self.sector_size,
             "physical_sector_size": self.physical_sector_size,
             "log": log,
             "log_size": header.log_length,
-            "header": self._slot + 1,
+            "header": slot + 1,
             "header_sequence": header.sequence,
             "region_table": self._region_table,
-            "disk_id": str(self._disk.disk_id),
+            "disk_id": str(self.disk.disk_id),
             "file_write_guid": str(header.file_write_guid),
             "data_write_guid": str(header.data_write_guid),
         }
+        if self._locator:
+            found["parent_locator"] = dict(self._locator.values)
+        return found
 
-    def _entry_offset(self, block: int) -> int:
-        return self._bat.offset + (block + block // self._chunk) * ENTRY
+    def _read_locator(self, options: Options) -> vhdx_locator.Locator | None:
+        item = self.disk.items[headers.PARENT_LOCATOR]
+        try:
+            return vhdx_locator.parse(self.file, item.offset, item.data)
+        except (Corrupt, Unsupported):
+            if not options.changing_parent:
+                raise
+            return None  # it is about to get another one
 
-    def _entries(self, first: int, count: int) -> Iterator[tuple[int, array[int]]]:
-        """The BAT entries of some blocks, in pieces: first block, entries."""
-        while count:
-            until_bitmap = self._chunk - first % self._chunk
-            step = min(count, until_bitmap, CHUNK // ENTRY)
-            raw = self.file.pread(self._entry_offset(first), step * ENTRY)
-            yield first, little(raw)
-            first += step
-            count -= step
+    def _find_bitmaps(self) -> None:
+        """Where the sector bitmap blocks lie that are needed.
 
-    def _find_replay(self) -> Replay | None:
-        header = self._header
-        if header.log_guid == NIL:
-            return None
-        return find_replay(self.file, header.log_offset, header.log_length, header.log_guid)
+        One that lies nowhere is left out: then its blocks are invalid.
+        """
+        found = []
+        for chunk in self.table.partial_chunks():
+            self._partial = True
+            host = find_bitmap(self.table, chunk, self.taken)
+            if host is not None:
+                self._bitmaps[chunk] = host
+                found.append(Region(f"sector bitmap {chunk}", host, bat.BITMAP))
+        self.taken += found
 
-    def _apply_in_memory(self, found: Replay) -> None:
-        size = self.file.size
-        if found.size > size:
-            self.file.patch_zeros(size, found.size - size)
-        for change in found.changes:
-            if change.data is None:
-                self.file.patch_zeros(change.offset, change.length)
+    def _block(self, block: int) -> tuple[Kind, int]:
+        """Kind and host offset of a whole block."""
+        entry = self.table.entry(block)
+        for rule in self._layout.rules:
+            if entry & rule.mask == rule.value:
+                kind = rule.kind
+                break
+        else:
+            kind = Kind.DATA
+        host = entry >> 20 << 20
+        if kind not in (Kind.DATA, Kind.PARTIAL):
+            return kind, 0
+        limit = last_place(self._layout, self.disk.block_size, self.file.size)
+        if not MIB <= host < limit or self._touches_metadata(host):
+            return Kind.INVALID, 0
+        return kind, host
+
+    def _pieces(self, cluster: int) -> Iterator[Extent]:
+        block, within = divmod(cluster * self.cluster_size, self.disk.block_size)
+        start = cluster * self.cluster_size
+        kind, host = self._block(block)
+        data = Kind.DATA
+        if kind in (Kind.DATA, Kind.PARTIAL):
+            host += within
+            if self._patched.touch(host, self.cluster_size):
+                data = Kind.COMPRESSED
+        if kind is Kind.DATA:
+            yield Extent(start, self.cluster_size, data, host if data is Kind.DATA else 0)
+            return
+        bits = self._bits(block) if kind is Kind.PARTIAL else ""
+        if not bits:
+            yield Extent(start, self.cluster_size, Kind.INVALID if kind is Kind.PARTIAL else kind)
+            return
+        sector = self.sector_size
+        first = within // sector
+        for run in _RUNS.finditer(bits, first, first + self.cluster_size // sector):
+            at = (run.start() - first) * sector
+            length = (run.end() - run.start()) * sector
+            if run[0][0] == "0":
+                yield Extent(start + at, length, Kind.ABSENT)
             else:
-                self.file.patch(change.offset, change.data)
+                yield Extent(start + at, length, data, host + at if data is Kind.DATA else 0)
+
+    def _bits(self, block: int) -> str:
+        """A digit for each sector of a block, 1 where it lies in this file; empty: no bitmap."""
+        chunk, within = divmod(block, self.disk.chunk)
+        if chunk not in self._bitmaps:
+            return ""
+        length = self.disk.block_size // self.sector_size // 8
+        raw = self.file.pread(self._bitmaps[chunk] + within * length, length)
+        return f"{int.from_bytes(raw, 'little'):0{length * 8}b}"[::-1]
 
     def _find_flat(self) -> int | None:
         """Where the disk lies in one piece, if it does and nothing else is to be known first."""
-        if not self._disk.fixed or self._blocks > FLAT_ENTRIES or self._replay:
+        if not self.disk.fixed or self.table.blocks > FLAT_ENTRIES or self._replay:
             return None
         size = self.cluster_size
         base = None
-        for first, entries in self._entries(0, self._blocks):
+        for first, entries in self.table.entries(0, self.table.blocks):
             if base is None:
                 base = entries[0] >> 20 << 20
             for block, entry in enumerate(entries, first):
                 if entry & STATE != PRESENT or entry >> 20 << 20 != base + block * size:
                     return None
         assert base is not None
-        end = base + self._blocks * size
+        end = base + self.table.blocks * size
         if base + self.size > self.file.size:
             return None
-        if any(base < region.end and region.offset < end for region in self._taken):
+        if any(base < region.end and region.offset < end for region in self.taken):
             return None
         return base
+
+    def _changed_data(self) -> Iterator[tuple[int, int]]:
+        """What the log changes and may be guest data: first byte, end."""
+        for change in self._replay.changes if self._replay else ():
+            start, end = change.offset, change.offset + change.length
+            if not any(region.offset <= start and end <= region.end for region in self.taken):
+                yield start, end
 
     # Writing
 
     def _open_for_writing(self) -> None:
-        header, place = self._header, f"header {self._slot + 1}"
-        if header.log_length == 0:
-            raise Unsupported(self.file, place, "writing without a log (log length 0)")
-        if header.sequence > headers.MAX_SEQUENCE:
-            text = f"sequence number {header.sequence}, at most {headers.MAX_SEQUENCE} for writing"
-            raise Corrupt(self.file, place, text)
-        self._log = LogWriter(header.log_offset, header.log_length)
-        # BAT sectors that the last entry changed: in place, but not known to be durable there.
-        self._unsettled: dict[int, bytes] = {}
+        self.journal = Journal(self.file, self._header, self._slot)
+        if self._patched:
+            self._refuse_changed_data()
+            # Only what holds no data is changed: it can wait.
+            self._patched = Ranges(())
+            self.cluster_size, self.layout = self.disk.block_size, self._layout
+            self.entries_per_leaf = min(self.disk.chunk, MAX_LEAF)
         self._initial_size = self.file.size
-        self._durable_size = self._initial_size  # at most, once the plans are carried out
         self._free: list[int] = []  # host blocks that read as zeros and held data before
         self._stale: list[int] = []  # the same, of unknown contents
         self._end = 0  # nothing is used from here on
         self._resized = False
-        surveyed = self._blocks <= SURVEY_ENTRIES and self._initial_size <= SURVEY_SIZE
-        if surveyed:
-            self._survey()
-        self._surveyed = surveyed
+        survey = bat.survey(self.table, self.taken, self._initial_size)
+        if survey:
+            self._end, self._stale = survey.end, survey.holes
+        self._surveyed = survey is not None
 
-    def _survey(self) -> None:
-        """Find what is free, and refuse a BAT that gives one place to two.
-
-        A discard or a reuse in such an image would destroy the other block's data.
-        """
-        size = self.cluster_size // MIB
-        file_end = -(-self._initial_size // MIB)
-        used = bytearray(file_end + size)  # by MiB
-        for region in self._taken:
-            used[region.offset // MIB : region.end // MIB] = bytes([1]) * (
-                region.end // MIB - region.offset // MIB
-            )
-        kept = []
-        whole = bytes([1]) * size
-        for first, entries in self._entries(0, self._blocks):
-            for block, entry in enumerate(entries, first):
-                at = entry >> 20
-                if not at:
-                    continue
-                if entry & STATE != PRESENT:
-                    kept.append(at)  # no data of ours, but the place is named
-                    continue
-                if at >= file_end:
-                    text = f"at {at * MIB}, the file ends at {self._initial_size}"
-                    raise Corrupt(self.file, self._place(block), text)
-                if any(used[at : at + size]):
-                    text = f"at {at * MIB}, where another block or the metadata lies"
-                    raise Corrupt(self.file, self._place(block), text)
-                used[at : at + size] = whole
-        for at in kept:
-            if at < file_end:
-                used[at : at + size] = whole
-        self._end = (used.rfind(1) + 1) * MIB
-        hole = bytes(size)
-        at = used.find(hole, 0, self._end // MIB)
-        while at >= 0 and len(self._stale) < MAX_HOLES:
-            self._stale.append(at * MIB)
-            at = used.find(hole, at + size, self._end // MIB)
-        self._stale.reverse()  # taken from the end: the lowest first
-
-    def _place(self, block: int) -> str:
-        return f"BAT entry of block {block} at {self._entry_offset(block)}"
-
-    def _find_end(self) -> None:
-        """Without a survey: the end of the last place that any entry names.
-
-        Such a place may lie past the end of the file, where it holds no data.  New blocks go behind
-        it all the same, or the entry would come to point into them.
-        """
-        end = -(-max(self._initial_size, *(region.end for region in self._taken)) // MIB) * MIB
-        at = self._bat.offset
-        last = self._entry_offset(self._blocks - 1) + ENTRY
-        zeros = bytes(CHUNK)
-        while at < last:
-            raw = self.file.pread(at, min(CHUNK, last - at))
-            if raw != zeros:
-                end = max(end, (max(little(raw)) >> 20 << 20) + self.cluster_size)
-            at += len(raw)
-        self._end = end
-        self._surveyed = True
+    def _refuse_changed_data(self) -> None:
+        for number, entry in self.table.used():
+            is_bitmap, block = self.table.which(number)
+            if is_bitmap or entry & STATE not in (PRESENT, PARTIAL):
+                continue
+            if self._patched.touch(entry >> 20 << 20, self.disk.block_size):
+                raise NeedsRecovery(
+                    self.file,
+                    f"log at {self._header.log_offset}",
+                    f"changes the data of block {block}: it must be replayed before writing",
+                    hint=f"virtmount check --repair {self.file}",
+                )
 
     def begin(self) -> Plan:
         assert not self._begun
         self._begun = True
-        file_write, data_write = uuid4(), uuid4()
-        steps: list[Step] = []
+        steps = self.journal.begin(self._replay)
         if self._replay:
-            # 2.2.2: the file's GUID changes before the replay; its log stays until all is applied.
-            steps += [self._write_header(file_write_guid=file_write), Barrier]
-            steps += replay_steps(self._replay)
-            steps.append(Barrier)
             # What is read from here on is what the plan writes.
             self.file.unpatch()
-        steps += [
-            self._write_header(
-                file_write_guid=file_write, data_write_guid=data_write, log_guid=NIL, log_version=0
-            ),
-            Barrier,
-            self._write_header(),
-            Barrier,
-        ]
-        self._begin_header = self._header.pack()
-        self.identity = str(data_write)
+        self._begin_header = self.journal.header.pack()
+        self.identity = str(self.journal.identity)
         return Plan(*steps)
 
     def _finish_begin(self) -> None:
@@ -334,23 +350,19 @@ class VHDX(Image):
         expected, self._begin_header = self._begin_header, b""
         if not self._replay:
             return
-        found = self.file.pread(headers.HEADER_OFFSETS[self._slot], len(expected))
+        found = self.file.pread(headers.HEADER_OFFSETS[self.journal.slot], len(expected))
         if found == expected:
             self._replay = None
         else:
-            self._apply_in_memory(self._replay)
-
-    def _write_header(self, **changes: Any) -> Write:
-        """Make the other header the current one, with the next sequence number."""
-        self._header = replace(self._header, sequence=self._header.sequence + 1, **changes)
-        self._slot = 1 - self._slot
-        return Write(headers.HEADER_OFFSETS[self._slot], self._header.pack())
+            apply_in_memory(self.file, self._replay)
 
     def reserve(self, count: int) -> Reservation:
         self._finish_begin()
         size = self.cluster_size
         if not self._surveyed:
-            self._find_end()
+            least = max(self._initial_size, *(region.end for region in self.taken))
+            self._end = bat.last_end(self.table, least)
+            self._surveyed = True
         if self._free:
             taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
             return Reservation(runs(taken, size), Plan(), reused=True)
@@ -384,7 +396,7 @@ class VHDX(Image):
         if self.file.is_device:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._resized = True
-        self._durable_size = end + GROWTH
+        self.journal.durable_size = end + GROWTH
         return [Extend(end + GROWTH), Barrier]
 
     def commit(self, dirty: Sequence[Dirty]) -> Plan:
@@ -393,28 +405,39 @@ class VHDX(Image):
             return Plan()
         steps: list[Step] = []
         if any(new.barrier for new in dirty):
-            steps.append(Barrier)
-            self._unsettled.clear()
-        changed = self._changed((new.cluster, new.host_offset | PRESENT) for new in dirty)
-        return Plan(*steps, *self._logged(changed))
+            steps.append(self.journal.barrier())
+        sectors, before = self.table.change(
+            (new.cluster, new.host_offset | PRESENT) for new in dirty
+        )
+        steps += self.journal.change(sectors)
+        return Plan(*steps, *self._give_back(before))
 
     def discard(self, first: int, count: int) -> Plan:
         self._finish_begin()
-        size = self.cluster_size
-        unmapped = []
-        freed = []
-        for start, entries in self._entries(first, min(count, self._blocks - first)):
-            for block, entry in enumerate(entries, start):
-                if entry & STATE in (PRESENT, *INVALID):
-                    unmapped.append((block, ZERO))
-                if entry & STATE == PRESENT and self._is_data(entry >> 20 << 20):
-                    freed.append(entry >> 20 << 20)
+        # What still shows through must be hidden: that of the parent, or what cannot be read.
+        shown = (PRESENT, PARTIAL, 4, *((0,) if self.disk.has_parent else ()))
+        count = min(count, self.table.blocks - first)
+        unmapped = [
+            (block, ZERO)
+            for start, entries in self.table.entries(first, count)
+            for block, entry in enumerate(entries, start)
+            if entry & STATE in shown
+        ]
         if not unmapped:
             return Plan()
-        steps = self._logged(self._changed(unmapped))
+        sectors, before = self.table.change(unmapped)
+        return Plan(*self.journal.change(sectors), *self._give_back(before))
+
+    def _give_back(self, entries: Iterable[tuple[int, int]]) -> list[Step]:
+        """The places of blocks whose entries were these, once others are durable."""
+        freed = [
+            entry >> 20 << 20
+            for _, entry in entries
+            if entry & STATE in (PRESENT, PARTIAL) and self._is_data(entry >> 20 << 20)
+        ]
         self._free += sorted(freed, reverse=True)
-        steps += (Punch(run.host_offset, run.count * size) for run in runs(freed, size))
-        return Plan(*steps)
+        size = self.cluster_size
+        return [Punch(run.host_offset, run.count * size) for run in runs(freed, size)]
 
     def release(self, runs: Sequence[Run]) -> None:
         self._finish_begin()
@@ -425,21 +448,12 @@ class VHDX(Image):
         if not self._begun:
             return Plan()
         self._finish_begin()
-        steps: list[Step] = []
-        if self._header.log_guid != NIL:
-            steps += [
-                Barrier,  # all is in place
-                self._write_header(log_guid=NIL),
-                Barrier,
-                self._write_header(),
-                Barrier,
-            ]
-        self._unsettled.clear()
+        steps = self.journal.end()
         free = {*self._free, *self._stale}
         while self._end - self.cluster_size in free:
             self._end -= self.cluster_size
             self._resized = True
-        if self._disk.fixed:
+        if self.disk.fixed:
             self._end = max(self._end, self._initial_size)
         if self._resized and not self.file.is_device:
             steps.append(Truncate(self._end))
@@ -447,73 +461,65 @@ class VHDX(Image):
 
     def _is_data(self, host: int) -> bool:
         """Whether a host block lies where only data can lie."""
-        end = host + self.cluster_size
-        if end > self.file.size:
-            return False
-        return not any(host < region.end and region.offset < end for region in self._taken)
+        return host + self.disk.block_size <= self.file.size and not self._touches_metadata(host)
 
-    def _changed(self, entries: Iterable[tuple[int, int]]) -> dict[int, bytes]:
-        """The BAT sectors that these (block, entry) change: file offset -> new contents."""
-        sectors: dict[int, bytearray] = {}
-        for block, entry in entries:
-            within = self._entry_offset(block) % SECTOR
-            at = self._entry_offset(block) - within
-            if at not in sectors:
-                sectors[at] = bytearray(self.file.pread(at, SECTOR))
-            sectors[at][within : within + ENTRY] = entry.to_bytes(ENTRY, "little")
-        return {at: bytes(sector) for at, sector in sectors.items()}
-
-    def _logged(self, sectors: dict[int, bytes]) -> list[Step]:
-        """Write sectors through the log, then in place.
-
-        What the batch before changed is in place, but perhaps not durably: it goes into this one
-        as well, or is made durable first.  The new changes are safe at the last Barrier.
-        """
-        steps: list[Step] = []
-        offsets = sorted(sectors)
-        room = self._log.capacity
-        for start in range(0, len(offsets), room):
-            part = {at: sectors[at] for at in offsets[start : start + room]}
-            if self._unsettled and len(self._unsettled.keys() | part.keys()) > ENTRY_CHANGES:
-                steps.append(Barrier)
-                self._unsettled.clear()
-            length = min(self._durable_size, self.file.size)
-            writes, lap = self._log.append(
-                self._unsettled | part,
-                flushed_size=length // MIB * MIB,
-                last_size=-(-length // MIB) * MIB,
-            )
-            steps += [*writes, Barrier]
-            if lap:
-                steps += [self._write_header(log_guid=lap), Barrier, self._write_header()]
-            steps += (Write(at, sector) for at, sector in part.items())
-            self._unsettled = part
-        return steps
+    def _touches_metadata(self, host: int) -> bool:
+        end = host + self.disk.block_size
+        return any(host < region.end and region.offset < end for region in self.taken)
 
 
-def little(raw: bytes) -> array[int]:
-    entries = array("Q", raw)
-    if sys.byteorder == "big":
-        entries.byteswap()
-    return entries
+class Ranges:
+    """Parts of the file, for a quick answer whether one of them is touched."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        for start, end in sorted(ranges):
+            if self._ends and start <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+            elif start < end:
+                self._starts.append(start)
+                self._ends.append(end)
+
+    def __bool__(self) -> bool:
+        return bool(self._starts)
+
+    def touch(self, offset: int, length: int) -> bool:
+        i = bisect_left(self._starts, offset + length)
+        return i > 0 and self._ends[i - 1] > offset
 
 
-def runs(offsets: Iterable[int], size: int) -> tuple[Run, ...]:
-    """Host clusters as runs of adjacent ones."""
-    found: list[Run] = []
-    for offset in sorted(offsets):
-        if found and found[-1].host_offset + found[-1].count * size == offset:
-            found[-1] = found[-1]._replace(count=found[-1].count + 1)
-        else:
-            found.append(Run(offset, 1))
-    return tuple(found)
+def find_log(file: HostFile, header: Header) -> Replay | None:
+    """What must be replayed before anything but the headers is read."""
+    if header.log_guid == NIL:
+        return None
+    return find_replay(file, header.log_offset, header.log_length, header.log_guid)
 
 
-def replay_steps(found: Replay) -> list[Step]:
-    steps: list[Step] = [Extend(found.size)]
-    for change in found.changes:
-        if change.data is None:
-            steps.append(Punch(change.offset, change.length))
-        else:
-            steps.append(Write(change.offset, change.data))
-    return steps
+def taken_regions(header: Header, regions: Mapping[UUID, Region]) -> list[Region]:
+    """Where no block can lie, the header section first."""
+    taken = [Region("header section", 0, headers.HEADER_SECTION), *regions.values()]
+    if header.log_length:
+        taken.append(Region("log", header.log_offset, header.log_length))
+    return taken
+
+
+def open_table(file: HostFile, disk: headers.Disk, region: Region) -> Table:
+    table = Table(file, region.offset, disk.blocks, disk.chunk, disk.block_size, disk.has_parent)
+    if table.length > region.length:
+        text = f"{region.length} bytes, {table.length} needed for {table.blocks} blocks"
+        raise Corrupt(file, f"BAT at {region.offset}", text)
+    return table
+
+
+def find_bitmap(table: Table, chunk: int, taken: Sequence[Region]) -> int | None:
+    """Where the sector bitmap block of a chunk lies, if it lies where one can."""
+    place = table.bitmap_place(chunk)
+    entry = int.from_bytes(table.file.pread(place, ENTRY), "little")
+    host = entry >> 20 << 20
+    end = host + bat.BITMAP
+    if entry & STATE != PRESENT or host < MIB or end > table.file.size:
+        return None
+    if any(host < region.end and region.offset < end for region in taken):
+        return None
+    return host

@@ -1,7 +1,8 @@
 """What a VHDX file says of itself: headers, region tables, metadata items.
 
-Source: [MS-VHDX] 20240423, sections 2.2 and 2.6.  Reading only; everything is validated here, so
-that the driver in vhdx.py calculates with numbers that can be trusted.
+Source: [MS-VHDX] 20240423, sections 2.2 and 2.6.  Everything is validated here, so that the driver
+in vhdx.py calculates with numbers that can be trusted.  The parent locator is an item too, but what
+is in it says vhdx_locator.py.
 
 Departures, all for files that exist: two headers with one sequence number are accepted if they are
 equal (Disk2vhd), and a known region that is not marked as required is known all the same (qemu).
@@ -10,7 +11,7 @@ equal (Disk2vhd), and a known region that is not marked as required is known all
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -32,6 +33,7 @@ REGION_TABLE_OFFSETS = (192 * KIB, 256 * KIB)
 TABLE_SIZE = 64 * KIB
 HEADER_SECTION = MIB
 MAX_ENTRIES = 2047  # of a region table and of the metadata table
+MAX_LOCATOR = 256 * KIB  # bytes of a parent locator; three paths of 64 KiB, and keys
 MAX_DISK = 64 * TIB
 MIN_BLOCK, MAX_BLOCK = MIB, 256 * MIB
 MAX_SEQUENCE = 1 << 62  # of a header that is to be written; leaves room for every later update
@@ -150,6 +152,14 @@ class Region(NamedTuple):
         return self.offset + self.length
 
 
+class Item(NamedTuple):
+    """A metadata item: where its table entry and its bytes lie in the file."""
+
+    entry: int
+    offset: int
+    data: bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Disk:
     """The metadata items."""
@@ -160,6 +170,17 @@ class Disk:
     sector_size: int
     physical_sector_size: int
     disk_id: UUID
+    has_parent: bool
+    items: Mapping[UUID, Item]  # the known ones; the parent locator only where it means something
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.size // self.block_size)
+
+    @property
+    def chunk(self) -> int:
+        """Blocks that share a sector bitmap block."""
+        return (self.sector_size << 23) // self.block_size
 
 
 def checksum(structure: bytes) -> int:
@@ -290,23 +311,24 @@ def check_overlaps(file: HostFile, regions: Sequence[Region]) -> None:
 
 def read_disk(file: HostFile, region: Region) -> Disk:
     """The metadata items, all checked against the specification's bounds."""
-    items = _items(file, region)
+    items, locator = _items(file, region)
     for guid, name in ITEM_NAMES.items():
         if guid not in items:
             raise Corrupt(file, f"metadata table at {region.offset}", f"no {name} ({guid})")
 
     def number(guid: UUID) -> tuple[int, str]:
-        offset, raw = items[guid]
-        return int.from_bytes(raw, "little"), f"{ITEM_NAMES[guid]} at {offset}"
+        item = items[guid]
+        return int.from_bytes(item.data, "little"), f"{ITEM_NAMES[guid]} at {item.offset}"
 
-    offset, raw = items[FILE_PARAMETERS]
-    place = f"file parameters at {offset}"
-    parameters = FileParameters.parse(raw)
+    place = f"file parameters at {items[FILE_PARAMETERS].offset}"
+    parameters = FileParameters.parse(items[FILE_PARAMETERS].data)
     block_size, flags = parameters.block_size, parameters.flags
-    if flags & HAS_PARENT:
-        raise Unsupported(file, place, "a differencing disk (HasParent)")
-    if flags & ~LEAVE_BLOCKS_ALLOCATED:
+    if flags & ~(LEAVE_BLOCKS_ALLOCATED | HAS_PARENT):
         raise Unsupported(file, place, f"flags {flags:#x}, know 1 and 2")
+    if flags & HAS_PARENT:
+        if locator is None:
+            raise Corrupt(file, place, "HasParent is set, but there is no parent locator")
+        items[PARENT_LOCATOR] = _located(file, region, locator)
     if not MIN_BLOCK <= block_size <= MAX_BLOCK or block_size & (block_size - 1):
         text = f"block size {block_size}, must be a power of two from 1 to 256 MiB"
         raise Corrupt(file, place, text)
@@ -324,15 +346,26 @@ def read_disk(file: HostFile, region: Region) -> Disk:
     return Disk(
         size=size,
         block_size=block_size,
-        fixed=bool(flags & LEAVE_BLOCKS_ALLOCATED),
+        fixed=flags == LEAVE_BLOCKS_ALLOCATED,  # ignored where there is a parent
         sector_size=sectors[0],
         physical_sector_size=sectors[1],
-        disk_id=UUID(bytes_le=items[VIRTUAL_DISK_ID][1]),
+        disk_id=UUID(bytes_le=items[VIRTUAL_DISK_ID].data),
+        has_parent=bool(flags & HAS_PARENT),
+        items=items,
     )
 
 
-def _items(file: HostFile, region: Region) -> dict[UUID, tuple[int, bytes]]:
-    """Byte offset in the file and bytes of the known items."""
+class _Entry(NamedTuple):
+    """An entry of the metadata table that has not been looked at yet."""
+
+    place: str
+    at: int
+    offset: int  # in the region
+    length: int
+
+
+def _items(file: HostFile, region: Region) -> tuple[dict[UUID, Item], _Entry | None]:
+    """The known items, and the table entry of a parent locator."""
     place = f"metadata table at {region.offset}"
     raw = file.pread(region.offset, TABLE_SIZE)
     if raw[:8] != b"metadata":
@@ -340,7 +373,8 @@ def _items(file: HostFile, region: Region) -> dict[UUID, tuple[int, bytes]]:
     count = MetadataTableHeader.parse(raw).entry_count
     if count > MAX_ENTRIES:
         raise Corrupt(file, place, f"{count} entries, at most {MAX_ENTRIES}")
-    items: dict[UUID, tuple[int, bytes]] = {}
+    items: dict[UUID, Item] = {}
+    locator: _Entry | None = None
     table = raw[MetadataTableHeader.sizeof() :][: count * _ITEM.size]
     for i, (guid_le, offset, length, flags, _) in enumerate(_ITEM.iter_unpack(table)):
         guid = UUID(bytes_le=guid_le)
@@ -351,8 +385,11 @@ def _items(file: HostFile, region: Region) -> dict[UUID, tuple[int, bytes]]:
                 text = f"required {kind} metadata item {guid}"
                 raise Unsupported(file, f"{place}, entry {i}", text)
             continue
+        at = region.offset + MetadataTableHeader.sizeof() + i * _ITEM.size
         if guid == PARENT_LOCATOR:
-            continue  # means nothing without HasParent, and with it nothing is read on
+            # Means nothing without HasParent, whatever it is.
+            locator = locator or _Entry(f"{place}, entry {i}", at, offset, length)
+            continue
         name = ITEM_NAMES[guid]
         if guid in items:
             raise Corrupt(file, f"{place}, entry {i}", f"{name} a second time")
@@ -362,5 +399,17 @@ def _items(file: HostFile, region: Region) -> dict[UUID, tuple[int, bytes]]:
         if length != ITEM_LENGTHS[guid]:
             text = f"{name} has {length} bytes, must have {ITEM_LENGTHS[guid]}"
             raise Corrupt(file, f"{place}, entry {i}", text)
-        items[guid] = region.offset + offset, file.pread(region.offset + offset, length)
-    return items
+        where = region.offset + offset
+        items[guid] = Item(at, where, file.pread(where, length))
+    return items, locator
+
+
+def _located(file: HostFile, region: Region, entry: _Entry) -> Item:
+    if entry.offset < TABLE_SIZE or entry.offset + entry.length > region.length:
+        text = f"parent locator at {entry.offset} with {entry.length} bytes: outside the metadata"
+        raise Corrupt(file, entry.place, text)
+    if entry.length > MAX_LOCATOR:
+        text = f"parent locator has {entry.length} bytes, at most {MAX_LOCATOR}"
+        raise Corrupt(file, entry.place, text)
+    where = region.offset + entry.offset
+    return Item(entry.at, where, file.pread(where, entry.length))

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 MIB = 1 << 20
@@ -20,6 +21,8 @@ VIRTUAL_DISK_SIZE = UUID("2fa54224-cd1b-4876-b211-5dbed83bf4b8")
 VIRTUAL_DISK_ID = UUID("beca12ab-b2e6-4523-93ef-c309e000c746")
 LOGICAL_SECTOR_SIZE = UUID("8141bf1d-a96f-4709-ba47-f233a8faab5f")
 PHYSICAL_SECTOR_SIZE = UUID("cda348c7-445d-4471-9cc9-e9885251c556")
+PARENT_LOCATOR = UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c")
+VHDX_LOCATOR = UUID("b04aefb7-d19e-4a81-b789-25b8e9445913")
 FILE_WRITE, DATA_WRITE = UUID(int=1), UUID(int=2)
 DISK_ID = UUID("11111111-2222-3333-4444-555555555555")
 STRANGER = UUID("99999999-8888-7777-6666-555555555555")
@@ -55,13 +58,14 @@ def header(
     log_length: int = MIB,
     log_offset: int = MIB,
     data_write: UUID = DATA_WRITE,
+    file_write: UUID = FILE_WRITE,
 ) -> bytes:
     raw = struct.pack(
         "<4sIQ16s16s16sHHIQ",
         b"head",
         0,
         sequence,
-        FILE_WRITE.bytes_le,
+        file_write.bytes_le,
         data_write.bytes_le,
         log_guid.bytes_le,
         log_version,
@@ -117,6 +121,36 @@ def metadata_region(entries: Iterable[Item], count: int | None = None) -> bytes:
     return ((head + table).ljust(65536, b"\0") + b"\xaa\xbb\xcc" + data).ljust(MIB, b"\0")
 
 
+def locator(
+    pairs: Iterable[tuple[str, str]], *, kind: UUID = VHDX_LOCATOR, count: int | None = None
+) -> bytes:
+    """A parent locator's bytes.  The values lie in front of the keys, which is allowed too."""
+    pairs = list(pairs)
+    table, rest = b"", b""
+    first = 20 + 12 * len(pairs)
+    for key, value in pairs:
+        key_raw, value_raw = (t.encode("utf-16-le", "surrogatepass") for t in (key, value))
+        at = first + len(rest)
+        table += struct.pack("<IIHH", at + len(value_raw), at, len(key_raw), len(value_raw))
+        rest += value_raw + key_raw
+    return struct.pack("<16sHH", kind.bytes_le, 0, len(pairs) if count is None else count) + (
+        table + rest
+    )
+
+
+def below(identity: UUID, path: str) -> bytes:
+    """The locator of a child beside its parent, as Windows writes one."""
+    return locator(
+        [
+            ("parent_linkage", f"{{{identity}}}"),
+            ("parent_linkage2", f"{{{NIL}}}"),
+            ("relative_path", path),
+            ("volume_path", "\\\\?\\Volume{26a21bda-a627-11d7-9931-806e6f6e6963}\\x\\" + path),
+            ("absolute_win32_path", "C:\\x\\" + path),
+        ]
+    )
+
+
 @dataclass
 class Made:
     """Where things lie in a file that make() wrote."""
@@ -129,9 +163,13 @@ class Made:
     log_length: int
     end: int  # of the file
     hosts: dict[int, int] = field(default_factory=dict)  # block -> offset
+    bitmaps: dict[int, int] = field(default_factory=dict)  # chunk -> offset
 
     def entry_offset(self, block: int) -> int:
         return self.bat + (block + block // self.chunk) * 8
+
+    def bitmap_entry(self, chunk: int) -> int:
+        return self.bat + (chunk * (self.chunk + 1) + self.chunk) * 8
 
     def bat_sector(self, changes: Mapping[int, int]) -> tuple[int, bytes]:
         """(offset, 4096 bytes) of the BAT sector that holds these blocks, with new entries."""
@@ -181,8 +219,14 @@ def make(
     changed: Mapping[str, Item | None] | None = None,
     regions: Iterable[tuple[UUID, int, int, int]] = (),
     file_length: int | None = None,
+    parent: bytes | None = None,
+    partial: Mapping[int, bytes] | None = None,
+    data_write: UUID = DATA_WRITE,
+    file_write: UUID = FILE_WRITE,
 ) -> Made:
     """A VHDX file whose blocks lie in the order of `blocks`.
+
+    `parent` is a locator.  `partial` has the bitmaps of blocks that are partially present.
 
     `entries` are BAT entries as they are, without data.  `changed` replaces metadata items by name,
     adds ones under new names, and leaves out those that are None.  `regions` are added.
@@ -190,11 +234,17 @@ def make(
     chunk = (sector_size << 23) // block_size
     count = -(-size // block_size)
     total = count + (count - 1) // chunk
+    if parent is not None:
+        total = -(-count // chunk) * (chunk + 1)
     log, metadata, bat = MIB, MIB + log_length, 2 * MIB + log_length
     needed = max(1, -(-total * 8 // MIB)) * MIB
     data = bat + needed
     made = Made(path, block_size, chunk, bat, log, log_length, data)
-    described = items(size, block_size, sector_size, physical, (1 if fixed else 0) | flags)
+    flags |= 1 if fixed else 0
+    flags |= 2 if parent is not None else 0
+    described = items(size, block_size, sector_size, physical, flags)
+    if parent is not None:
+        described["locator"] = Item(PARENT_LOCATOR, parent)
     for name, item in (changed or {}).items():
         if item is None:
             del described[name]
@@ -207,11 +257,12 @@ def make(
             *regions,
         ]
     )
+    named: Any = {"log_length": log_length, "data_write": data_write, "file_write": file_write}
     with open(path, "wb") as file:
         file.write(b"vhdxfile" + "make_vhdx".encode("utf-16-le"))
         for offset, structure in (
-            (65536, header(1, log_length=log_length)),
-            (131072, header(2, log_length=log_length)),
+            (65536, header(1, **named)),
+            (131072, header(2, **named)),
             (192 << 10, table),
             (256 << 10, table),
             (metadata, metadata_region(described.values())),
@@ -221,10 +272,20 @@ def make(
         for block, content in (blocks or {}).items():
             made.hosts[block] = data
             file.seek(made.entry_offset(block))
-            file.write(struct.pack("<Q", data | PRESENT))
+            file.write(struct.pack("<Q", data | (PARTIAL if block in (partial or {}) else PRESENT)))
             file.seek(data)
             file.write(content)
             data += block_size
+        for block, bits in (partial or {}).items():
+            number, within = divmod(block, chunk)
+            if number not in made.bitmaps:
+                made.bitmaps[number] = data
+                file.seek(made.bitmap_entry(number))
+                file.write(struct.pack("<Q", data | PRESENT))
+                data += MIB
+            assert len(bits) == block_size // sector_size // 8
+            file.seek(made.bitmaps[number] + within * len(bits))
+            file.write(bits)
         for block, entry in (entries or {}).items():
             file.seek(made.entry_offset(block))
             file.write(struct.pack("<Q", entry))

@@ -212,7 +212,7 @@ def test_metadata_names_every_structure(tmp_path: Path) -> None:
         file_length=5 * MIB,
     )
     with HostFile(made.path) as file:
-        assert sorted(VHDX(file).metadata()) == [(i * MIB, MIB) for i in range(5)]
+        assert sorted(VHDX(file).metadata()) == [(i * MIB, MIB, 0) for i in range(5)]
 
 
 # Which copy is used
@@ -401,7 +401,8 @@ def test_refuses_a_header_section(
 @pytest.mark.parametrize(
     ("options", "kind", "complaint"),
     [
-        (parameters(MIB, 2), Unsupported, "differencing"),
+        (parameters(MIB, 2), Corrupt, "HasParent is set, but there is no parent locator"),
+        (parameters(MIB, 6), Unsupported, "flags 0x6"),
         (parameters(MIB, 4), Unsupported, "flags 0x4"),
         (parameters(0), Corrupt, "block size 0"),
         (parameters(MIB // 2), Corrupt, "block size 524288"),

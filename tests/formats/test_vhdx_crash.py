@@ -189,7 +189,7 @@ def several_entries(disk: Disk) -> None:
 
 def new_lap(disk: Disk) -> None:
     disk.do(disk.image.begin())
-    writer = disk.image._log
+    writer = disk.image.journal.writer
     disk.write(*range(100, 114))
     while writer._next + 3 * 8192 <= writer.length:
         disk.write(*range(20, 22))
@@ -203,7 +203,7 @@ def new_lap(disk: Disk) -> None:
 
 def new_lap_with_a_batch(disk: Disk) -> None:
     disk.do(disk.image.begin())
-    writer = disk.image._log
+    writer = disk.image.journal.writer
     while writer._next + 20 * 4096 <= writer.length:
         disk.write(*range(20, 22))
     disk.first = len(disk.log.events)
