@@ -41,14 +41,15 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Results:
     command = [sys.executable, "-m", "benchmarks.guest", str(out)]
     command += ["--cache", arguments.cache, "--rounds", str(arguments.rounds)]
     command += ["--seconds", str(arguments.seconds), "--size", str(arguments.size)]
-    disks = [f"{max(12 * arguments.size, 1024)}M:images:fast"]
+    command += ["--only", arguments.only]
+    disks = [f"{max(24 * arguments.size, 1024)}M:images:fast"]
     if arguments.icount:
         command += ["--memory", "--ios", str(COUNTED_IOS)]
         disks = []
     result = run(
         command,
         kernel=arguments.kernel,
-        memory="3G",
+        memory="4G",
         icount=arguments.icount,
         disks=disks,
         shares=[folder],
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=int, default=5400)
     parser.add_argument("--icount", action="store_true", help="count instructions, not time")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
+    parser.add_argument("--only", default="", help="subjects, as virtmount/vhd,qemu-nbd/vhd")
     parser.add_argument("--out", type=Path, help="folder for results.json, .md and .png")
     arguments = parser.parse_args()
     if arguments.quick:

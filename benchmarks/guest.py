@@ -11,10 +11,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.workloads import SUBJECTS, WORKLOADS, Workload
+from benchmarks.workloads import (
+    CHAIN,
+    CHAIN_LAYERS,
+    SUBJECTS,
+    WORKLOADS,
+    Workload,
+    applies,
+)
 
 IMAGES = Path("/mnt")
-SUFFIX = {"raw": "img", "qcow2": "qcow2", "vhdx": "vhdx", "vdi": "vdi"}
+SUFFIX = {
+    "raw": "img",
+    "qcow2": "qcow2",
+    "vhdx": "vhdx",
+    "vdi": "vdi",
+    "vhd": "vhd",
+    "vmdk": "vmdk",
+    CHAIN: "qcow2",
+}
+QEMU_NAMES = {"vhd": "vpc", CHAIN: "qcow2"}
+OUR_NAMES = {CHAIN: "qcow2"}
+# Without it qemu rounds the size of a VHD up to whole cylinders.
+OPTIONS = {"vhd": ("-o", "force_size=on")}
 CHUNK = 1 << 20
 
 
@@ -30,16 +49,29 @@ def create(path: Path, kind: str, size: int) -> None:
     if kind == "raw":
         sh("truncate", "-s", str(size), str(path))
     else:
-        sh("qemu-img", "create", "-q", "-f", kind, str(path), str(size))
+        name, options = QEMU_NAMES.get(kind, kind), OPTIONS.get(kind, ())
+        sh("qemu-img", "create", "-q", "-f", name, *options, str(path), str(size))
 
 
-def fill_shuffled(path: Path, kind: str, size: int) -> None:
+def fill(path: Path, kind: str, size: int) -> None:
     """Write the whole image in 1 MiB pieces out of order, so that nothing lies in sequence."""
     order = list(range(0, size, CHUNK))
     random.Random(1).shuffle(order)
+    if kind != CHAIN:
+        write(path, QEMU_NAMES.get(kind, kind), order)
+        return
+    for layer in range(CHAIN_LAYERS):
+        below = path.with_suffix(f".{layer - 1}")
+        here = path if layer == CHAIN_LAYERS - 1 else path.with_suffix(f".{layer}")
+        backing = ("-b", str(below), "-F", "qcow2") if layer else ()
+        sh("qemu-img", "create", "-q", "-f", "qcow2", *backing, str(here), str(size))
+        write(here, "qcow2", order[layer::CHAIN_LAYERS])
+
+
+def write(path: Path, format: str, order: list[int]) -> None:
     commands = "".join(f"write -q -P {at >> 20 & 255} {at} {CHUNK}\n" for at in order)
     subprocess.run(
-        ["qemu-io", "-n", "-f", kind, str(path)],
+        ["qemu-io", "-n", "-f", format, str(path)],
         input=commands,
         text=True,
         check=True,
@@ -62,15 +94,15 @@ class Servers:
         if server == "virtmount":
             command = [sys.executable, "-m", "virtmount.cli"]
             device = sh(
-                *command, "attach", "--transport", "ublk", "--format", kind,
+                *command, "attach", "--transport", "ublk", "--format", OUR_NAMES.get(kind, kind),
                 "--cache", self.cache, str(path),
             )  # fmt: skip
             return device, lambda: void(sh(*command, "detach", device))
         device = f"/dev/nbd{self.nbd}"
         self.nbd += 1
         sh(
-            "qemu-nbd", "-c", device, "-f", kind, f"--cache={self.cache}", "--aio=io_uring",
-            "--discard=unmap", str(path),
+            "qemu-nbd", "-c", device, "-f", QEMU_NAMES.get(kind, kind), f"--cache={self.cache}",
+            "--aio=io_uring", "--discard=unmap", str(path),
         )  # fmt: skip
         sysfs = Path("/sys/block") / device.removeprefix("/dev/") / "size"
         while sysfs.read_text().strip() == "0":  # qemu-nbd -c returns before the kernel is ready
@@ -114,7 +146,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--ios", type=int, default=0)
     parser.add_argument("--memory", action="store_true", help="images on tmpfs")
+    parser.add_argument("--only", default="", help="subjects, with commas between them")
     arguments = parser.parse_args()
+    subjects = arguments.only.split(",") if arguments.only else SUBJECTS
     size = arguments.size << 20
     for module in ("nbd", "ublk_drv", "loop", "xfs"):
         sh("modprobe", module)
@@ -125,19 +159,21 @@ def main() -> None:
         sh("mount", "/dev/scratch/images", str(IMAGES))
     servers = Servers(arguments.cache)
     attached = {}
-    for subject in SUBJECTS:
+    for subject in subjects:
         server, _, kind = subject.partition("/")
-        path = IMAGES / f"{server}.{SUFFIX[kind]}"
-        create(path, kind, size)
-        fill_shuffled(path, kind, size)
+        path = IMAGES / f"{server}-{kind}.{SUFFIX[kind]}"
+        if kind != CHAIN:
+            create(path, kind, size)
+        fill(path, kind, size)
         attached[subject] = servers.attach(server, kind, path)[0]
         print(f"{subject}: {attached[subject]}", file=sys.stderr, flush=True)
     results: dict[str, dict[str, list[float]]] = {
-        name: {subject: [] for subject in SUBJECTS} for name in WORKLOADS
+        name: {subject: [] for subject in subjects if applies(subject, workload)}
+        for name, workload in WORKLOADS.items()
     }
     for number in range(arguments.rounds):
         for name, workload in WORKLOADS.items():
-            for subject in SUBJECTS:
+            for subject in results[name]:
                 server, _, kind = subject.partition("/")
                 if workload.fresh:
                     path = IMAGES / f"fresh.{SUFFIX[kind]}"

@@ -25,7 +25,10 @@ WORKLOADS = {
     "allocating 4k random write, depth 32": Workload("randwrite", "4k", 32, fresh=True),
 }
 
-# server/format.  A format's images have every cluster allocated, out of order.
+# server/format.  A format's images have every cluster allocated, out of order.  The chain is ten
+# QCOW2 images deep, each holding a tenth of the disk here and there; it is read only.
+CHAIN = "qcow2-chain"
+CHAIN_LAYERS = 10
 SUBJECTS = (
     "losetup/raw",
     "virtmount/raw",
@@ -35,4 +38,15 @@ SUBJECTS = (
     "qemu-nbd/vhdx",
     "virtmount/vdi",
     "qemu-nbd/vdi",
+    "virtmount/vhd",
+    "qemu-nbd/vhd",
+    "virtmount/vmdk",
+    "qemu-nbd/vmdk",
+    f"virtmount/{CHAIN}",
+    f"qemu-nbd/{CHAIN}",
 )
+
+
+def applies(subject: str, workload: Workload) -> bool:
+    """Whether a subject takes part: a write to the chain would make it shorter."""
+    return "read" in workload.rw or not subject.endswith(CHAIN)
