@@ -257,6 +257,8 @@ bool alloc_cluster(struct vm_engine *engine, struct request *request, struct lea
                             .barrier = hides || run.reused,
                             .parts = 1 + copies};
     if (copy) {
+        // This request may have written in place before this: what nobody submits is not waited for.
+        walk_submit(engine, open);
         copy->waits = written_in_place(engine, leaf, start, end);
         request->pieces++;
         engine->stats.copies++;
