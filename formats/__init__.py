@@ -15,10 +15,12 @@ from virtmount.image import Image, Match
 TABLE = {
     "qcow2": "virtmount.formats.qcow2:QCOW2",
     "vhdx": "virtmount.formats.vhdx:VHDX",
+    "vhd": "virtmount.formats.vhd:VHD",
     "vdi": "virtmount.formats.vdi:VDI",
     "raw": "virtmount.formats.raw:Raw",
 }
-ALIASES = {"img": "raw"}
+ALIASES = {"img": "raw", "vpc": "vhd"}
+RAW_NAMES = (".img", ".raw", ".dd", ".bin", ".iso")
 
 # Known by name only, so that they are refused by name and never served as raw.
 # (offset, from the end where negative; magic; name)
@@ -29,9 +31,6 @@ FOREIGN = (
     (0, b"# Disk DescriptorFile", "VMDK (descriptor)"),
     (0, b"QFI\xfb\x00\x00\x00\x01", "QCOW (version 1)"),
     (0, b"QED\0", "QED"),
-    (0, b"conectix", "VHD"),
-    (-512, b"conectix", "VHD"),
-    (-511, b"conectix", "VHD"),  # Virtual PC before 2004 wrote a shorter footer
     (0, b"WithoutFreeSpace", "Parallels"),
     (0, b"WithouFreSpacExt", "Parallels"),
     (-512, b"koly", "DMG"),
@@ -89,7 +88,15 @@ def probe(file: HostFile) -> type[Image]:
         if len(sure) + len(others) > 1:
             names = " and ".join(sure + others)
             raise NotAnImage(file, "", f"looks like {names}", hint="say which with --format")
-        return found[Match.SURE][0]
+        driver = found[Match.SURE][0]
+        if (
+            file.path.suffix.lower() in RAW_NAMES
+            and driver.probe(head, bytes(len(tail)), size) is not Match.SURE
+        ):
+            # The guest of a raw disk may have written it.
+            text = f"named like a raw disk, and ends like {driver.name}"
+            raise NotAnImage(file, "", text, hint="say which with --format")
+        return driver
     for magics, what, hint in (
         (FOREIGN, "images are not supported yet", "qemu-img convert -O qcow2"),
         (PACKED, "files have to be unpacked first", None),

@@ -56,6 +56,10 @@ def vhdx(size: int, block: int, *options: str) -> Layer:
     return Layer("vhdx", size, block, (f"block_size={block}", *options))
 
 
+def vhd(size: int, *options: str) -> Layer:
+    return Layer("vpc", size, 2 * MIB, ("force_size=on", *options))
+
+
 def qcow2(
     size: int, cluster: int, *options: str, zeroed: bool = False, compressed: bool = False
 ) -> Layer:
@@ -72,6 +76,8 @@ CASES = (
     one("raw", raw()),
     one("vdi-dynamic", vdi()),
     one("vdi-static", vdi(3 * MIB + 512, "static=on")),
+    one("vhd-dynamic", vhd(15 * MIB + 512)),
+    one("vhd-fixed", vhd(3 * MIB + 512, "subformat=fixed")),
     one("vhdx-dynamic-1M", vhdx(7 * MIB + 512, MIB), mapped=False),
     one("vhdx-dynamic-8M", vhdx(19 * MIB, 8 * MIB), mapped=False),
     one("vhdx-fixed", vhdx(5 * MIB, MIB, "subformat=fixed"), mapped=False),
@@ -90,6 +96,7 @@ CASES = (
     one("qcow2-on-raw", qcow2(ODD, 64 * KIB, zeroed=True), raw(ODD)),
     one("qcow2-v2-on-raw", qcow2(ODD, 64 * KIB, "compat=0.10", zeroed=True), raw(ODD)),
     one("qcow2-on-vdi", qcow2(7 * MIB, 64 * KIB, zeroed=True), vdi(7 * MIB)),
+    one("qcow2-on-vhd", qcow2(7 * MIB, 64 * KIB, zeroed=True), vhd(7 * MIB)),
     one("qcow2-on-vhdx", qcow2(7 * MIB, 4 * KIB), vhdx(7 * MIB, MIB), mapped=False),
     one("qcow2-on-shorter", qcow2(ODD, 64 * KIB, zeroed=True), raw(2 * MIB + 512)),
     one("qcow2-on-longer", qcow2(ODD, 64 * KIB, zeroed=True), vdi(7 * MIB)),
@@ -115,6 +122,7 @@ CASES = (
 # Large and almost empty: for what happens where one leaf ends and the next begins.
 WIDE = (
     one("vdi-wide", vdi(3 * GIB)),
+    one("vhd-wide", vhd(9 * GIB)),
     one("vhdx-wide", vhdx(9 * GIB, MIB)),
     one("qcow2-wide", qcow2(GIB + 512, 64 * KIB)),
 )

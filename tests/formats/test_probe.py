@@ -35,22 +35,17 @@ def write(path: Path, size: int, *pieces: tuple[int, bytes]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("format", ["qcow2", "vhdx", "vdi", "raw"])
+@pytest.mark.parametrize("format", ["qcow2", "vhdx", "vpc", "vdi", "raw"])
 def test_what_qemu_img_made(tmp_path: Path, format: str) -> None:
     path = tmp_path / "disk"
     subprocess.run(["qemu-img", "create", "-q", "-f", format, path, "4M"], check=True)
     assert driver_of(path) is load(format)
 
 
-@pytest.mark.parametrize("format", ["vmdk", "vpc", "qcow", "qed", "parallels"])
-@pytest.mark.parametrize("options", [[], ["-o", "subformat=fixed"]])
-def test_what_qemu_img_made_in_a_format_that_we_do_not_know(
-    tmp_path: Path, format: str, options: list[str]
-) -> None:
-    if options and format != "vpc":
-        options = []
+@pytest.mark.parametrize("format", ["vmdk", "qcow", "qed", "parallels"])
+def test_what_qemu_img_made_in_a_format_that_we_do_not_know(tmp_path: Path, format: str) -> None:
     path = tmp_path / "disk"
-    subprocess.run(["qemu-img", "create", "-q", "-f", format, *options, path, "4M"], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", format, path, "4M"], check=True)
     with pytest.raises(Unsupported, match="not supported yet") as raised:
         driver_of(path)
     assert raised.value.hint
@@ -124,7 +119,7 @@ def test_an_unknown_version_is_not_raw(tmp_path: Path, version: int) -> None:
         (((0, b"vhdxfile"), (64, VDI_SIGNATURE)), "vhdx and vdi"),
         (((0, b"QFI\xfb\0\0\0\3"), (64, VDI_SIGNATURE)), "qcow2 and vdi"),
         (((0, b"KDMV"), (64, VDI_SIGNATURE)), "vdi and VMDK"),
-        (((0, b"conectix"), (64, VDI_SIGNATURE)), "vdi and VHD"),
+        (((0, b"sprs"), (64, VDI_SIGNATURE)), "vdi and Apple sparse image"),
         (((0, b"QFI\xfb\0\0\0\1"), (64, VDI_SIGNATURE)), r"vdi and QCOW \(version 1\)"),
     ],
 )
@@ -165,8 +160,9 @@ def test_names() -> None:
         assert load(name).name == name
         assert load(name.upper()) is load(name)
     assert load("img") is load("raw")
-    with pytest.raises(Unsupported, match="unknown format 'vmdk', know qcow2, vhdx, vdi, raw"):
-        load("vmdk")
+    known = ", ".join(TABLE)
+    with pytest.raises(Unsupported, match=f"unknown format 'nonsense', know {known}"):
+        load("nonsense")
 
 
 def test_whole_disk_encryption_is_content_not_a_format(tmp_path: Path) -> None:
