@@ -5,13 +5,14 @@ Nothing in such a file says that it is an image, so the probe never claims more 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from virtmount.errors import NotAnImage
+from virtmount.errors import NotAnImage, Unsupported
 from virtmount.hostfile import HostFile
 from virtmount.image import DEFAULTS, Caps, Dirty, Image, Leaf, Match, Options
-from virtmount.plan import Plan, Punch
+from virtmount.plan import Barrier, Extend, Plan, Punch, Truncate
+from virtmount.upkeep import Choice, Finding, New, Progress, Repair, Severity
 
 SECTOR = 512
 CLUSTER = 64 << 10  # nominal: what discard gives back, and the unit where a chain needs one
@@ -21,6 +22,10 @@ MAX_SIZE = (1 << 63) - (1 << 20)
 
 class Raw(Image):
     name: ClassVar[str] = "raw"
+    creates: ClassVar[bool] = True
+    checks: ClassVar[bool] = True
+    suffixes: ClassVar[tuple[str, ...]] = ("raw", "img")
+    choices: ClassVar[Mapping[str, Choice]] = {}
 
     @classmethod
     def probe(cls, head: bytes, tail: bytes, size: int) -> Match:
@@ -53,3 +58,32 @@ class Raw(Image):
     def discard(self, first: int, count: int) -> Plan:
         end = min((first + count) * CLUSTER, self.size)
         return Plan(Punch(first * CLUSTER, end - first * CLUSTER))
+
+    # Whole images
+
+    @classmethod
+    def create(cls, new: New) -> Plan:
+        """A hole of that size."""
+        if new.parent is not None:
+            raise Unsupported(new.name, "parent", "a raw image has none", hint="--format qcow2")
+        if new.sector_size != SECTOR:
+            text = f"{new.sector_size} bytes: a raw image records none, so it has {SECTOR}"
+            raise Unsupported(new.name, "sector size", text, hint=f"--sector-size {SECTOR}")
+        return Plan(Extend(new.size), Barrier)
+
+    @classmethod
+    def check(
+        cls, file: HostFile, options: Options, repair: Repair
+    ) -> Iterator[Finding | Plan | Progress]:
+        """There are no metadata, so nothing is ever wrong."""
+        size = cls(file, options).size
+        if size != file.size:
+            text = f"the file ends {size - file.size} bytes before a whole sector, read as zeros"
+            yield Finding(Severity.NOTE, f"byte {file.size}", text)
+
+    def resize(self, size: int) -> Plan:
+        """Both ways: the caller has asked whether the rest may go."""
+        file = self.files[0]
+        if file.is_device:
+            raise Unsupported(file, "", "a device has the size that it has")
+        return Plan(Extend(size) if size > file.size else Truncate(size), Barrier)

@@ -11,6 +11,7 @@ The module is not called attach, because virtmount.attach is the function.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import json
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,10 +31,13 @@ from typing import Any
 
 from virtmount import errors, nodes, state
 from virtmount.errors import Busy, Denied, VirtmountError
+from virtmount.image import Options
 from virtmount.state import Record
 
 OPENED_TIMEOUT = 2.0  # udev opens a device for a moment whenever somebody closed it
 POLL = 0.05
+ASK = b'{"ask": "passphrase"}\n'  # from the daemon; answered with a line of base64
+Passphrase = Callable[[], bytes]
 _ROOT = str(Path(__file__).resolve().parent.parent)
 # Not our child: nobody here could wait for it.
 _PROGRAM = (
@@ -54,6 +58,11 @@ class Order:
     name: str | None = None
     allow_outside: bool = False
     parent_format: str | None = None
+    snapshot: str | None = None  # an internal one; then read-only
+    search_path: tuple[str, ...] = ()
+    size_from: str | None = None
+    force: bool = False  # although a parent is another one or was written since
+    overlay: str | None = None  # the folder of a file that takes all writes
 
 
 class Attachment(os.PathLike[str]):
@@ -130,12 +139,20 @@ def attach(
     name: str | None = None,
     allow_outside: bool = False,
     parent_format: str | None = None,
+    force: bool = False,
+    overlay: str | os.PathLike[str] | None = None,
+    options: Options | None = None,
 ) -> Attachment:
     """Attach an image; returns when the device and its partitions can be used.
+
+    With `overlay`, a folder, the image and its parents are only read: what is written goes to a
+    file without a name there, and is thrown away at detach.  `options` says what there is to say
+    beyond that, and allow_outside then counts in there; with a snapshot the disk is read-only.
 
     The disk stays attached after this process, until detach().  Raises a VirtmountError, or the
     OSError that the host gave.
     """
+    told = options or Options(allow_outside=allow_outside)
     order = Order(
         os.path.abspath(path),
         read_only,
@@ -143,15 +160,21 @@ def attach(
         transport,
         cache,
         name,
-        allow_outside,
+        told.allow_outside,
         parent_format,
+        told.snapshot,
+        told.search_path,
+        told.size_from,
+        force,
+        None if overlay is None else os.path.abspath(overlay),
     )
-    return attach_as(order)
+    return attach_as(order, told.passphrase)
 
 
-def attach_as(order: Order) -> Attachment:
+def attach_as(order: Order, passphrase: Passphrase | None = None) -> Attachment:
+    """`passphrase` is called only if the image needs one, in this process."""
     refuse_without_root()
-    return Attachment(_start_daemon(order))
+    return Attachment(_start_daemon(order, passphrase))
 
 
 def refuse_without_root() -> None:
@@ -159,8 +182,11 @@ def refuse_without_root() -> None:
         raise Denied("virtmount", "", "a block device needs root", hint="sudo virtmount …")
 
 
-def _start_daemon(order: Order) -> Record:
-    """Start the process that serves the disk; its report, or the error that it reports."""
+def _start_daemon(order: Order, passphrase: Passphrase | None) -> Record:
+    """Start the process that serves the disk; its report, or the error that it reports.
+
+    A secret goes to it through the socket alone, and only when it asks.
+    """
     ours, theirs = socket.socketpair()
     with ours, theirs, tempfile.TemporaryFile() as complaints:
         subprocess.run(
@@ -176,11 +202,23 @@ def _start_daemon(order: Order) -> Record:
         ours.sendall(json.dumps(asdict(order)).encode() + b"\n")
         # If we are interrupted here, it finds nobody to report to, and takes everything back.
         answer = _receive(ours)
+        while answer == ASK:
+            ours.sendall(_told(order, passphrase))
+            answer = _receive(ours)
         if not answer:
             complaints.seek(0)
             last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
             raise VirtmountError(order.image, "", f"the daemon died: {' '.join(last)}")
         return _understand(json.loads(answer))
+
+
+def _told(order: Order, passphrase: Passphrase | None) -> bytes:
+    """The answer to ASK."""
+    if passphrase is None:
+        raise VirtmountError(
+            order.image, "", "encrypted: no passphrase", hint="--passphrase-file FILE"
+        )
+    return base64.b64encode(passphrase()) + b"\n"
 
 
 def _receive(channel: socket.socket) -> bytes:

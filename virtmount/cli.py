@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from virtmount import __version__
+from virtmount import __version__, cli_change, cli_look
 from virtmount.cli_common import (
     EXIT_CODES,
     JSON_VERSION,
@@ -24,6 +24,7 @@ from virtmount.cli_common import (
     existing,
     format_options,
     json_option,
+    opening,
     print_path,
     quiet_pipe,
     say,
@@ -95,7 +96,7 @@ def _main(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "virtmount",
-        description="Attach virtual disk images (raw, QCOW2, VHDX, VDI) as block devices.",
+        description="Attach disk images as block devices; make, convert, check and change them.",
         epilog="virtmount VERB --help tells more.\n\n" + EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"virtmount {__version__}")
@@ -109,17 +110,33 @@ def _parser() -> Parser:
     _describe_list(verb("list", "List attached disks"))
     _describe_info(verb("info", "Describe an image, without attaching it"))
     _describe_map(verb("map", "Show where the disk's bytes lie in the image"))
+    cli_change.describe_create(verb("create", "Make an empty image"))
+    cli_change.describe_convert(verb("convert", "Write the disk of an image into a new one"))
+    cli_look.describe_check(verb("check", "Look for damage in an image, and mend it"))
+    cli_change.describe_resize(verb("resize", "Give the disk in an image another size"))
+    cli_look.describe_compare(verb("compare", "Say whether two images hold the same disk"))
+    cli_look.describe_cat(verb("cat", "Write a disk's bytes to standard output"))
+    cli_look.describe_snapshot(verb("snapshot", "List the internal snapshots of an image"))
+    cli_change.describe_commit(verb("commit", "Write what a child image holds into its parent"))
+    cli_change.describe_rebase(verb("rebase", "Give a differencing image another parent"))
     _describe_doctor(verb("doctor", "Say what this machine lacks, and the command that mends it"))
     return parser
 
 
-def _describe_attach(parser: argparse.ArgumentParser) -> None:
+def _describe_attach(parser: Parser) -> None:
     add = parser.add_argument
     add("image", metavar="IMAGE", help="file or block device that holds the image")
     image = parser.add_argument_group("the image")
     image.add_argument(
         *("--read-only", "-r"), action="store_true", help="write nothing, not even a dirty flag"
     )
+    image.add_argument(
+        "--overlay",
+        metavar="DIR",
+        help="writes go to a file without a name and are thrown away at detach; --overlay=DIR: "
+        "the file lies in DIR (default: $TMPDIR or /var/tmp)",
+    )
+    parser.alone["--overlay"] = ""
     format_options(image)
     device = parser.add_argument_group("the device")
     device.add_argument(
@@ -198,6 +215,7 @@ def _describe_doctor(parser: argparse.ArgumentParser) -> None:
 def attach(options: argparse.Namespace) -> int:
     from virtmount import attachment
 
+    told = opening(options)
     order = attachment.Order(
         image=os.path.abspath(options.image),
         read_only=options.read_only,
@@ -207,15 +225,26 @@ def attach(options: argparse.Namespace) -> int:
         name=options.name,
         allow_outside=options.allow_outside,
         parent_format=options.parent_format,
+        snapshot=options.snapshot,
+        search_path=told["options"].search_path,
+        size_from=options.size_from,
+        force=options.force,
+        overlay=_overlay(options.overlay),
     )
     if options.foreground:
-        _serve_here(order)
+        _serve_here(order, told["options"].passphrase)
     else:
-        _show_attached(attachment.attach_as(order))
+        _show_attached(attachment.attach_as(order, told["options"].passphrase))
     return 0
 
 
-def _serve_here(order: Any) -> None:
+def _overlay(folder: str | None) -> str | None:
+    from virtmount import overlay
+
+    return None if folder is None else os.path.abspath(folder or overlay.folder())
+
+
+def _serve_here(order: Any, passphrase: Callable[[], bytes] | None) -> None:
     import logging
 
     from virtmount import daemon
@@ -223,7 +252,9 @@ def _serve_here(order: Any) -> None:
 
     refuse_without_root()
     logging.basicConfig(level=logging.INFO, format="virtmount: %(message)s", stream=sys.stderr)
-    daemon.run(order, lambda record: _show_attached(Attachment(record)), stay=True)
+    daemon.run(
+        order, lambda record: _show_attached(Attachment(record)), passphrase=passphrase, stay=True
+    )
 
 
 def _show_attached(disk: Any) -> None:
@@ -233,6 +264,8 @@ def _show_attached(disk: Any) -> None:
 
         record = disk.record
         mode = "read-only" if record.read_only else "read-write"
+        if record.overlay:
+            mode = "writes are thrown away"
         say(f"{record.format} {record.variant}, {size(record.size)}, {mode}, {record.transport}")
         for path, length in disk.partition_sizes():
             say(f"  {path}  {size(length)}")
@@ -302,6 +335,7 @@ def _columns(*, in_bytes: bool = False) -> list[Column[Record]]:
         Column("PID", "of the serving process", lambda record: record.pid or None, right=True),
         Column("SINCE", "when it was attached", since),
         Column("PARTS", "how many partitions", lambda record: len(_partitions(record)), right=True),
+        Column("OVERLAY", "where writes go that are thrown away", lambda record: record.overlay),
         Column("PARENTS", "images that it is based on", lambda record: ":".join(record.parents)),
         Column("IMAGE", "the file", lambda record: record.image),
     ]
@@ -337,8 +371,7 @@ def info(options: argparse.Namespace) -> None:
     found = api.inspect(
         path,
         options.format or _recorded_format(records),
-        allow_outside=options.allow_outside,
-        parent_format=options.parent_format,
+        **opening(options),
     )
     if options.json:
         values = {"version": JSON_VERSION, **found.to_dict()}
@@ -391,8 +424,7 @@ def map_(options: argparse.Namespace) -> None:
     extents = api.map_extents(
         path,
         options.format or _recorded_format(records),
-        allow_outside=options.allow_outside,
-        parent_format=options.parent_format,
+        **opening(options),
     )
     if options.json:
         import json

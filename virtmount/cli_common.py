@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from virtmount.image import Options
+    from virtmount.upkeep import Progress
 
 JSON_VERSION = 1  # of every object that --json prints; keys are added, never changed
 INTERRUPTED = 130
@@ -71,11 +77,35 @@ def complain_usage(verb: str, text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
+    """`alone` maps an option without a value to the value that it then has.
+
+    argparse has nargs="?" for this, which takes the next word for the value: `--repair IMAGE`.
+    """
+
     def __init__(self, prog: str | None = None, **options: Any) -> None:
         super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.alone: dict[str, str] = {}
+        self.usage_code = 2
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        for i, word in enumerate(words):
+            if word == "--":
+                break
+            if word in self.alone:
+                words[i] = f"{word}={self.alone[word]}"
+        return super().parse_known_args(words, namespace)
+
+    def format_help(self) -> str:
+        from virtmount import formats
+
+        names = textwrap.fill(
+            ", ".join(formats.TABLE), 72, initial_indent="  ", subsequent_indent="  "
+        )
+        return f"{super().format_help()}\nformats:\n{names}\n"
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\nhint: {self.prog} --help\n")
+        self.exit(self.usage_code, f"{self.prog}: {message}\nhint: {self.prog} --help\n")
 
 
 def common(parser: argparse.ArgumentParser, verb: Callable[[Any], object], text: str) -> None:
@@ -85,18 +115,67 @@ def common(parser: argparse.ArgumentParser, verb: Callable[[Any], object], text:
 
 
 def format_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    """What may have to be said to open an image; opening() reads it."""
+    add = group.add_argument
+    add(
         *("--format", "-f"),
         metavar="FORMAT",
-        help="raw, qcow2, vhdx or vdi (default: by the content)",
+        help="by default the content decides",
     )
-    group.add_argument(
-        "--parent-format", metavar="FORMAT", help="of a parent whose child does not record it"
+    parent_options(group)
+    add("--snapshot", metavar="NAME", help="name or id of an internal snapshot, read-only")
+    add(
+        "--size-from",
+        choices=("chs", "current"),
+        help="of a VHD whose two sizes differ: the geometry's, or the current size",
     )
-    group.add_argument(
+
+
+def parent_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--parent-format", metavar="FORMAT", help="of a parent whose child does not record it")
+    search_options(group)
+    add("--force", action="store_true", help="although the parent is another or was written since")
+
+
+def search_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
         "--allow-outside",
         action="store_true",
         help="follow parents out of the image's folder: only if you trust the image",
+    )
+    add(
+        "--search-path",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="also look there for a parent that has no path in the image; may be repeated",
+    )
+    add("--passphrase-file", metavar="FILE", help="the passphrase is in FILE (default: asked for)")
+    add("--passphrase-fd", metavar="N", type=int, help="... comes from descriptor N")
+
+
+def opening(options: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for the functions that open an image and its parents."""
+    return {
+        "options": told(options),
+        "parent_format": options.parent_format,
+        "force": options.force,
+    }
+
+
+def told(options: argparse.Namespace) -> Options:
+    """What a driver has to know, from format_options() or search_options()."""
+    from virtmount.image import Options
+    from virtmount.secret import passphrase
+
+    return Options(
+        allow_outside=options.allow_outside,
+        search_path=tuple(map(os.path.abspath, options.search_path)),
+        snapshot=getattr(options, "snapshot", None),
+        size_from=getattr(options, "size_from", None),
+        passphrase=passphrase(options.passphrase_file, options.passphrase_fd),
     )
 
 
@@ -110,3 +189,55 @@ def existing(what: str) -> str:
     if not os.path.lexists(what) and "/" not in what:
         raise NotAttached(what, "", "neither a file nor an attached disk", hint="virtmount list")
     return what
+
+
+def progress_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--progress", action="store_true", help="show it although standard error is no terminal"
+    )
+
+
+class ProgressLine:
+    """How far a verb has come, on standard error; nothing where nobody would see it."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._shown = -1
+        self._on = wanted or self._terminal
+
+    def __call__(self, progress: Progress) -> None:
+        percent = 100 * progress.done // progress.total if progress.total else 100
+        if self._on and percent != self._shown:
+            self._shown = percent
+            ending = "\r" if self._terminal else "\n"
+            print(f"{percent:>3} %", end=ending, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leave the line empty for whatever comes next."""
+        if self._terminal and self._shown >= 0:
+            print("     ", end="\r", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def shown_progress(options: argparse.Namespace) -> Iterator[ProgressLine]:
+    line = ProgressLine(wanted=options.progress)
+    try:
+        yield line
+    finally:
+        line.end()
+
+
+@contextlib.contextmanager
+def tidy_end() -> Iterator[None]:
+    """A signal that ends the process undoes what was begun, as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

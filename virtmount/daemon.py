@@ -19,8 +19,10 @@ descriptor; also the body of `attach --foreground`.  In order:
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -34,12 +36,13 @@ from dataclasses import asdict
 from typing import Any
 
 from virtmount import loop, nodes, process, state
-from virtmount.attachment import Order, clear
+from virtmount.attachment import ASK, Order, Passphrase, clear
 from virtmount.chain import open_chain
 from virtmount.disk import Disk
 from virtmount.errors import NoTransport, VirtmountError
-from virtmount.image import Options
+from virtmount.image import Chain, Options
 from virtmount.links import Links
+from virtmount.overlay import lay_over
 from virtmount.pager import Pager
 from virtmount.state import Record
 from virtmount.transport import Transport
@@ -55,8 +58,10 @@ LOG_BYTES = 1 << 20
 class Session:
     """One disk from its opening to its end; on the main thread."""
 
-    def __init__(self, order: Order, *, stay: bool = False) -> None:
-        self.order, self.stay = order, stay
+    def __init__(
+        self, order: Order, *, passphrase: Passphrase | None = None, stay: bool = False
+    ) -> None:
+        self.order, self.passphrase, self.stay = order, passphrase, stay
         self.record = Record("", os.path.abspath(order.image))
         self.disk: Disk | None = None
         self.pager: Pager | None = None
@@ -81,20 +86,32 @@ class Session:
         chain = open_chain(
             order.image,
             order.format,
-            writable=not order.read_only,
-            options=Options(allow_outside=order.allow_outside),
+            writable=not (order.read_only or order.snapshot or order.overlay is not None),
+            options=Options(
+                allow_outside=order.allow_outside,
+                search_path=tuple(order.search_path),
+                snapshot=order.snapshot,
+                size_from=order.size_from,
+                passphrase=self.passphrase,
+            ),
             parent_format=order.parent_format,
+            force=order.force,
         )
         try:
+            self._describe(chain)
+            if order.overlay is not None:
+                chain = lay_over(chain, order.overlay)
             self.disk = Disk(chain, cache=order.cache)
         except BaseException:
             chain.close()
             raise
-        self._describe(self.disk)
+        record = self.record
+        record.size, record.read_only = self.disk.size, not self.disk.writable
+        record.cache = self.disk.cache
         chosen = choose(order.transport, self.disk)
         served = self.stay or chosen is not make_loop
         self.record.stamp(os.getpid())
-        stem = self.disk.image.name.rstrip("0123456789")
+        stem = self.record.format.rstrip("0123456789")
         state.claim(self.record, stem, order.name, clear)
         if served:
             process.isolate()
@@ -113,12 +130,13 @@ class Session:
         self.record.since = state.now()
         self.record.save()
 
-    def _describe(self, disk: Disk) -> None:
-        record, image = self.record, disk.image
+    def _describe(self, chain: Chain) -> None:
+        """What the images are; an overlay is none of them."""
+        record, image = self.record, chain.top
         record.format, record.variant = image.name, image.variant
-        record.size, record.sector_size = disk.size, disk.sector_size
-        record.read_only, record.cache = not disk.writable, disk.cache
-        record.parents = [str(parent.files[0].path.resolve()) for parent in disk.chain.images[1:]]
+        record.sector_size = image.sector_size
+        record.overlay = self.order.overlay or ""
+        record.parents = [str(parent.files[0].path.resolve()) for parent in chain.images[1:]]
         record.file_id = state.file_id(f"/proc/self/fd/{image.files[0].fd}")
 
     def wait(self) -> None:
@@ -247,12 +265,18 @@ def _prepare_ublk() -> Make:
     return make_ublk
 
 
-def run(order: Order, report: Callable[[Record], None], *, stay: bool = False) -> None:
+def run(
+    order: Order,
+    report: Callable[[Record], None],
+    *,
+    passphrase: Passphrase | None = None,
+    stay: bool = False,
+) -> None:
     """Attach, tell `report`, and serve until the end.
 
     Where the kernel needs no help the end is now, unless we shall `stay` in the foreground.
     """
-    session = Session(order, stay=stay)
+    session = Session(order, passphrase=passphrase, stay=stay)
     record = session.attach()
     if not record.pid:
         report(record)
@@ -273,7 +297,11 @@ def main(descriptor: int) -> int:
     with socket.socket(fileno=descriptor) as channel:
         order = Order(**json.loads(receive(channel)))
         try:
-            run(order, lambda record: _ready(channel, record))
+            run(
+                order,
+                lambda record: _ready(channel, record),
+                passphrase=functools.cache(lambda: _ask(channel)),
+            )
         except BaseException as error:
             if channel.fileno() >= 0:
                 with contextlib.suppress(OSError):
@@ -281,6 +309,12 @@ def main(descriptor: int) -> int:
             log.error("%s", error, exc_info=not isinstance(error, OSError | VirtmountError))
             return getattr(error, "exit_code", 1)
     return 0
+
+
+def _ask(channel: socket.socket) -> bytes:
+    """The passphrase, from whoever gave the order."""
+    channel.sendall(ASK)
+    return base64.b64decode(receive(channel))
 
 
 def _ready(channel: socket.socket, record: Record) -> None:

@@ -66,7 +66,7 @@ def mapped(chain: Chain) -> Iterator[Mapped]:
     """The whole disk of a chain in order and without gaps, neighbours merged."""
     size = round_up(chain.top.size, chain.top.sector_size)
     last: Mapped | None = None
-    layers = [_Layer(image) for image in chain.images]
+    layers = [Layer(image) for image in chain.images]
     for item in _resolve(layers, 0, 0, size):
         if last is not None and item.continues(last):
             last = last._replace(length=last.length + item.length)
@@ -78,7 +78,7 @@ def mapped(chain: Chain) -> Iterator[Mapped]:
         yield last
 
 
-def _resolve(layers: list[_Layer], depth: int, start: int, end: int) -> Iterator[Mapped]:
+def _resolve(layers: list[Layer], depth: int, start: int, end: int) -> Iterator[Mapped]:
     layer = layers[depth]
     image = layer.image
     # What lies past the end of a parent is its child's word: never written.
@@ -105,7 +105,7 @@ def _resolve(layers: list[_Layer], depth: int, start: int, end: int) -> Iterator
         yield Mapped(inside, end - inside, depth - 1, False, True, False)
 
 
-class _Layer:
+class Layer:
     """One image of the chain, read by native/decode.c: a disk may have a billion clusters."""
 
     def __init__(self, image: Image) -> None:

@@ -55,6 +55,7 @@ class Record:
     pid: int = 0  # 0: the kernel serves it alone
     since: float = 0.0  # seconds since 1970
     parents: list[str] = field(default_factory=list)
+    overlay: str = ""  # folder of the file that takes all writes
     features: dict[str, Any] = field(default_factory=dict)
     error: str = ""  # with FAILED: what went wrong
     file_id: str = ""  # device:inode of the image

@@ -17,7 +17,10 @@ from virtmount.errors import Busy, VirtmountError
 from virtmount.state import Record
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("attach", "detach", "list", "info", "map", "doctor")
+VERBS = (
+    *("attach", "detach", "list", "info", "map", "create", "convert", "check", "resize"),
+    *("compare", "cat", "snapshot", "commit", "rebase", "doctor"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +71,7 @@ CODES = {
 
 @pytest.mark.parametrize(("name", "code"), CODES.items())
 def test_error_is_said_with_file_place_and_hint(monkeypatch, capsys, name, code):
-    def fail(order):
+    def fail(order, passphrase):
         raise getattr(errors, name)(order.image, "header 2", "not so", hint="try this")
 
     monkeypatch.setattr(attachment, "attach_as", fail)
@@ -92,13 +95,13 @@ def test_every_class_of_error_has_its_code_in_the_help(capsys):
 
 
 def test_host_error_is_said_with_its_file(capsys, monkeypatch):
-    monkeypatch.setattr(attachment, "attach_as", lambda order: os.stat(order.image))
+    monkeypatch.setattr(attachment, "attach_as", lambda order, passphrase: os.stat(order.image))
     assert cli.main(["attach", "/images/not there"]) == 1
     assert capsys.readouterr().err == "virtmount: /images/not there: No such file or directory\n"
 
 
 def test_host_error_without_a_file(capsys, monkeypatch):
-    def fail(order):
+    def fail(order, passphrase):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(attachment, "attach_as", fail)
@@ -107,7 +110,7 @@ def test_host_error_without_a_file(capsys, monkeypatch):
 
 
 def test_traceback_only_when_asked_for(capsys, monkeypatch):
-    def fail(order):
+    def fail(order, passphrase):
         raise Busy("x", "", "busy")
 
     monkeypatch.setattr(attachment, "attach_as", fail)
@@ -118,7 +121,7 @@ def test_traceback_only_when_asked_for(capsys, monkeypatch):
 
 
 def test_ctrl_c_is_no_error_message(capsys, monkeypatch):
-    def fail(order):
+    def fail(order, passphrase):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(attachment, "attach_as", fail)
@@ -127,7 +130,7 @@ def test_ctrl_c_is_no_error_message(capsys, monkeypatch):
 
 
 def test_names_in_messages_cannot_move_the_cursor(capsys, monkeypatch):
-    def fail(order):
+    def fail(order, passphrase):
         raise Busy("a\x1b[2J\nb\udcff", "", "busy")
 
     monkeypatch.setattr(attachment, "attach_as", fail)
@@ -166,7 +169,7 @@ def ordered(monkeypatch):
     """The orders that attach gave, in place of daemons."""
     orders = []
 
-    def attach_as(order):
+    def attach_as(order, passphrase):
         orders.append(order)
         return Attachment(Record("vhdx0", order.image, device="/dev/fake0", size=1 << 30))
 
@@ -295,7 +298,7 @@ def test_every_column_has_a_meaning_in_the_help(capsys, attached):
 KEYS = {
     *("name", "path", "device", "image", "format", "variant", "size", "sector_size"),
     *("read_only", "transport", "cache", "state", "pid", "since", "parents", "features"),
-    *("error", "partitions"),
+    *("error", "partitions", "overlay"),
 }
 
 

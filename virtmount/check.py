@@ -1,0 +1,142 @@
+"""Whether an image is sound, and mending one that is not: `virtmount check`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from virtmount import formats
+from virtmount.errors import Unsupported
+from virtmount.hostfile import HostFile, execute, sync_all
+from virtmount.image import DEFAULTS, Image, Options
+from virtmount.plan import Plan
+from virtmount.upkeep import Finding, Progress, Repair, Severity
+
+MAX_FINDINGS = 1000  # that a Report keeps; all are counted
+
+CLEAN, FAILED, DAMAGED, LEAKING, NO_CHECK = 0, 1, 2, 3, 63  # exit codes, as qemu-img check has them
+
+Tell = Callable[[Finding], None]
+Report = Callable[[Progress], None]
+
+
+class CannotCheck(Unsupported):
+    """The format, or this variant of it, has no check."""
+
+    exit_code = NO_CHECK
+
+
+@dataclass(slots=True)
+class CheckReport:
+    """What was found, and how many of each there still are: after a repair it is looked again."""
+
+    path: str
+    format: str
+    findings: list[Finding] = field(default_factory=list)  # the first MAX_FINDINGS
+    found: Counter[Severity] = field(default_factory=Counter)
+    left: Counter[Severity] = field(default_factory=Counter)
+    repaired: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        if self.left[Severity.DAMAGE]:
+            return DAMAGED
+        return LEAKING if self.left[Severity.LEAK] else CLEAN
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, as for JSON."""
+        return {
+            "path": self.path,
+            "format": self.format,
+            "clean": not self.exit_code,
+            "found": {severity.value: self.found[severity] for severity in Severity},
+            "left": {severity.value: self.left[severity] for severity in Severity},
+            "repaired": self.repaired,
+            "findings": [
+                {
+                    "severity": finding.severity.value,
+                    "place": finding.place,
+                    "text": finding.text,
+                    "repaired": finding.repaired,
+                }
+                for finding in self.findings
+            ],
+        }
+
+
+def check(
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    repair: Repair = Repair.NOTHING,
+    options: Options = DEFAULTS,
+    tell: Tell = lambda finding: None,
+    report: Report = lambda progress: None,
+) -> CheckReport:
+    """Look at all metadata of one image; its parents are not opened.
+
+    The image is locked; nothing is written without `repair`.  `tell` gets every finding as it is
+    made.  Unsupported (exit code 63) where the format has no check.
+    """
+    with HostFile(path, writable=repair is not Repair.NOTHING) as file:
+        driver = _driver(file, format)
+        found = CheckReport(str(path), driver.name)
+
+        def note(finding: Finding) -> None:
+            found.found[finding.severity] += 1
+            found.repaired += finding.repaired
+            if len(found.findings) < MAX_FINDINGS:
+                found.findings.append(finding)
+            tell(finding)
+
+        wrote = _look(driver, file, options, repair, note, report)
+        found.left = found.found
+    if wrote:
+        left: Counter[Severity] = Counter()
+        with HostFile(path) as file:
+            _look(
+                *(driver, file, options, Repair.NOTHING),
+                lambda finding: left.update([finding.severity]),
+                report,
+            )
+        found.left = left
+    return found
+
+
+def _driver(file: HostFile, format: str | None) -> type[Image]:
+    driver = formats.load(format) if format else formats.probe(file)
+    if not driver.checks:
+        text = f"{driver.name} images cannot be checked"
+        raise CannotCheck(file, "", text)
+    return driver
+
+
+def _look(
+    driver: type[Image],
+    file: HostFile,
+    options: Options,
+    repair: Repair,
+    note: Tell,
+    report: Report,
+) -> bool:
+    """One check from its beginning to its end; whether anything was written."""
+    wrote = False
+    try:
+        for item in driver.check(file, options, repair):
+            if isinstance(item, Finding):
+                note(item)
+            elif isinstance(item, Progress):
+                report(item)
+            elif item.steps:
+                wrote = True
+                _carry_out(item, file)
+    except Unsupported as error:
+        raise CannotCheck(error.file, error.place, error.text, hint=error.hint) from error
+    return wrote
+
+
+def _carry_out(plan: Plan, file: HostFile) -> None:
+    execute(plan, [file])
+    sync_all([file])
