@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 FREE, USED, OWNED = 0, 1, 2  # OWNED: its first owner was met in the second pass
 MAX_FINDINGS = 1000  # of one map; the rest is counted
+MAX_COPIES = 1000  # blocks: more second owners than that are no accident
 STEP = 1 << 20
 
 Item = Finding | Plan | Progress
@@ -74,6 +75,7 @@ class _Check:
         self.damaged = False  # and not mended
         self.leaking = False
         self._found = 0
+        self._copies = 0
         self._free = 0  # blocks below it are in use
 
     def header_fields(self) -> Iterator[Item]:
@@ -141,11 +143,12 @@ class _Check:
                     text = f"block {block}, know 0 to {blocks - 1}"
                     if block < blocks:
                         text = f"block {block} lies past the end of the file at {self.size}"
-                    yield from self._entry(index, f"{text}: reads as zeros when mended")
+                    yield from self._entry(index, f"{text}: reads as zeros when mended", self.mend)
                 elif self.use[block] == OWNED:
                     text = f"block {block} has another owner: gets a copy when mended"
-                    yield from self._entry(index, text)
-                    if self.mend:
+                    mended = self.mend and self._copies < MAX_COPIES
+                    yield from self._entry(index, text, mended)
+                    if mended:
                         yield from self._copy(index, block)
                 else:
                     self.use[block] = OWNED
@@ -156,11 +159,11 @@ class _Check:
                 self.zeros += len(lost)
         if self._found > MAX_FINDINGS:
             text = f"{self._found - MAX_FINDINGS} more entries that cannot be right"
-            yield Finding(Severity.DAMAGE, "map", text, repaired=self.mend)
+            yield Finding(Severity.DAMAGE, "map", text, repaired=not self.damaged)
 
-    def _entry(self, index: int, text: str) -> Iterator[Item]:
+    def _entry(self, index: int, text: str, mended: bool) -> Iterator[Item]:
         self._found += 1
-        finding = self._damage(self._place(index), text, mended=self.mend)
+        finding = self._damage(self._place(index), text, mended=mended)
         if self._found <= MAX_FINDINGS:
             yield finding
 
@@ -184,6 +187,7 @@ class _Check:
         # As many blocks as entries, and two entries have one: one is free.
         target = self._free = self.use.index(FREE, self._free)
         self.use[target] = OWNED
+        self._copies += 1
         self.mapped += 1
         self.highest = max(self.highest, target)
         self.counted = max(self.counted, target + 1)

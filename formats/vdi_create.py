@@ -17,9 +17,7 @@ from virtmount.formats.vdi_header import (
     DYNAMIC,
     ENTRY,
     FIXED,
-    MAX_BLOCK,
     MAX_BLOCKS,
-    MIN_BLOCK,
     NO_UUID,
     SECTOR,
     SIGNATURE,
@@ -33,14 +31,15 @@ from virtmount.upkeep import Choice, New
 
 CHOICES: Mapping[str, Choice] = {
     "subformat": Choice("dynamic", "dynamic (grows as it is written) or fixed"),
-    "block_size": Choice("1M", "what grows at a time: a power of two from 512 to 256M"),
+    "block_size": Choice("1M", "what grows at a time: a power of two from 128K to 128M"),
 }
 ALIGNMENT = 1 << 20  # VDI_DATA_ALIGN of VirtualBox 7
 BANNER = b"<<< virtmount disk image >>>\n"
 HEADER_SIZE = 400  # VDIHEADER1PLUS
-HEADER_SIZE_AT, SECTOR_SIZE_AT = 72, 360
+HEADER_SIZE_AT = 72
+SECTOR_SIZES_AT = (360, 468)  # of two geometries; VirtualBox refuses 0
+MIN_NEW_BLOCK, MAX_NEW_BLOCK = 128 << 10, 128 << 20  # VirtualBox 7.2 refuses all others
 STEP = 1 << 20  # bytes in one write of the map
-MAX_OFFSET = 0xFFFFFFFF - ALIGNMENT
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
 EMPTY = b"\xff" * STEP
 
@@ -62,7 +61,8 @@ def create(new: New) -> Plan:
     sector[: len(BANNER)] = BANNER
     sector[64:68] = SIGNATURE
     sector[HEADER_SIZE_AT : HEADER_SIZE_AT + 4] = HEADER_SIZE.to_bytes(4, "little")
-    sector[SECTOR_SIZE_AT : SECTOR_SIZE_AT + 4] = SECTOR.to_bytes(4, "little")
+    for at in SECTOR_SIZES_AT:
+        sector[at : at + 4] = SECTOR.to_bytes(4, "little")
     put(
         sector,
         {
@@ -108,8 +108,8 @@ def _block_size(new: New) -> int:
     text = new.options.get("block_size", CHOICES["block_size"].default)
     match = re.fullmatch(r"(\d{1,12})([KM]?)(?:i?B)?", text, re.IGNORECASE | re.ASCII)
     size = int(match[1]) * UNITS[match[2].upper()] if match else 0
-    if size & (size - 1) or not MIN_BLOCK <= size <= MAX_BLOCK:
-        say = f"{text!r}, know powers of two from {MIN_BLOCK} to {MAX_BLOCK >> 20}M"
+    if size & (size - 1) or not MIN_NEW_BLOCK <= size <= MAX_NEW_BLOCK:
+        say = f"{text!r}, know powers of two from 128K to 128M"
         raise Unsupported(new.name, "block_size", say)
     return size
 

@@ -9,6 +9,7 @@ nothing is opened for it: chain.py decides whether the parent may lie where it w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import uuid
@@ -35,7 +36,9 @@ def find(
     """
     exact: list[str] = []
     others: list[str] = []
-    seen = {_inode(os.fstat(file.fd))}
+    seen: set[tuple[int, int]] = set()
+    with contextlib.suppress(OSError):
+        seen.add(_inode(os.fstat(file.fd)))
     candidates = _candidates(file, options)
     for name, path in itertools.islice(candidates, MAX_HEADERS):
         try:
@@ -73,13 +76,20 @@ def _candidates(file: HostFile, options: Options) -> Iterator[tuple[str, str]]:
                 found = sorted(
                     entry.name
                     for entry in itertools.islice(entries, MAX_ENTRIES)
-                    # A device or a FIFO is not opened, not even to look at it.
-                    if entry.name.lower().endswith(SUFFIX) and entry.is_file()
+                    if _is_candidate(entry)
                 )
         except OSError:
             continue
         for entry_name in found:
             yield os.path.join(name, entry_name), os.path.join(folder, entry_name)
+
+
+def _is_candidate(entry: os.DirEntry[str]) -> bool:
+    """A device or a FIFO is not opened, not even to look at it."""
+    try:
+        return entry.name.lower().endswith(SUFFIX) and entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _inode(status: os.stat_result) -> tuple[int, int]:

@@ -49,9 +49,16 @@ class Case:
     share: float = 1.0  # of the states that are tried; less where one costs more
     foreign: bool = True  # whether qemu reads such images
     mix: Mix = field(default_factory=Mix)
+    change: Callable[[Store], None] | None = None  # of the image, for what qemu-img cannot make
 
     def __str__(self) -> str:
         return self.name
+
+
+def make_vdi_child(store: Store) -> None:
+    """A differencing image; which one its parent is, nobody asks here."""
+    store.write(0x4C, (4).to_bytes(4, "little"))
+    store.write(0x1A8, bytes(range(16)))
 
 
 _SMALL = Mix(largest=16 * KIB, write=12)
@@ -98,6 +105,25 @@ CASES = (
     Case("vdi-fixed", "vdi", 4 * MIB, MIB, ("static=on",), mix=_SPARSE),
     Case("vhdx-fixed", "vhdx", 4 * MIB, MIB, ("block_size=1M", "subformat=fixed"), mix=_SPARSE),
     Case("vdi", "vdi", 24 * MIB, MIB, mix=_SPARSE),
+    Case(
+        "vdi-parent",
+        "vdi",
+        12 * MIB,
+        MIB,
+        parent=True,
+        foreign=False,
+        mix=_SPARSE,
+        change=make_vdi_child,
+    ),
+    Case(
+        "vdi-extra",
+        "vdi",
+        12 * MIB,
+        MIB,
+        foreign=False,
+        mix=_SPARSE,
+        change=lambda store: store.write(0x17C, (512).to_bytes(4, "little")),
+    ),
     Case("vhdx", "vhdx", 24 * MIB, MIB, ("block_size=1M",), mix=_SPARSE),
     Case(
         "vhdx-4096",
@@ -173,7 +199,7 @@ def make(case: Case, folder: Path) -> Made:
         command = ["qemu-img", "convert", "-q", *pressed, "-f", "raw", "-O", *command[4:]]
         run([*command, str(folder / "parent.raw"), str(path)])
         parent = None
-    elif case.parent:
+    elif case.parent and case.change is None:
         run([*command, "-F", "raw", "-b", "parent.raw", str(path)])
     else:
         run([*command, str(path), str(case.size)])
@@ -185,6 +211,8 @@ def make(case: Case, folder: Path) -> Made:
     store = Store.load(path)
     if case.sector != 512:
         set_vhdx_sector_size(store, case.sector)
+    if case.change is not None:
+        case.change(store)
     return Made(case, store, parent, held)
 
 

@@ -71,7 +71,7 @@ def make(
         "blocks_allocated": used if count is None else count,
         **fields,
     }
-    header[360:364] = (512).to_bytes(4, "little")
+    header[360:364] = header[468:472] = (512).to_bytes(4, "little")
     header[392:408] = uuid.UUID(int=1).bytes_le
     header[408:424] = uuid.UUID(int=2).bytes_le
     for name, value in values.items():
