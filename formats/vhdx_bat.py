@@ -53,6 +53,11 @@ class Table:
         """Bytes that are needed."""
         return self.count * ENTRY
 
+    @property
+    def _last(self) -> int:
+        """The last block's number; between it and its bitmap's lie entries that mean nothing."""
+        return self.blocks - 1 + (self.blocks - 1) // self.chunk
+
     def place(self, block: int) -> int:
         """Byte offset of a block's entry in the file."""
         return self.offset + (block + block // self.chunk) * ENTRY
@@ -78,12 +83,15 @@ class Table:
 
     def used(self, first: int = 0) -> Iterator[tuple[int, int]]:
         """(number in the table, entry) of all entries from `first` on that are not zero."""
+        last, bitmap = self._last, self.count - 1
         for start, raw in self._pieces(first):
             for at in range(0, len(raw), PAGE * ENTRY):
                 page = raw[at : at + PAGE * ENTRY]
                 if page != _ZEROS[: len(page)]:
                     number = start + at // ENTRY
-                    yield from ((i, entry) for i, entry in enumerate(little(page), number) if entry)
+                    for i, entry in enumerate(little(page), number):
+                        if entry and (i <= last or i == bitmap):
+                            yield i, entry
 
     def which(self, number: int) -> tuple[bool, int]:
         """Whether an entry is that of a sector bitmap, and of which; else of which block."""
@@ -98,6 +106,8 @@ class Table:
             at = marks.find(1)
             while at >= 0:
                 chunk, within = divmod(start + at, self.chunk + 1)
+                if start + at > self._last:
+                    return
                 if within == self.chunk:
                     at = marks.find(1, at + 1)
                     continue

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from crc32c import crc32c
 
-from tests.corpus.bases import KIB, MIB, Base
+from tests.corpus import bases
+from tests.corpus.bases import KIB, MIB, Base, Maker
 from tests.corpus.mutations import (
     ANY,
     OPENS,
@@ -22,12 +25,14 @@ from tests.corpus.mutations import (
     nothing,
     writing,
 )
-from tests.formats.make_vhdx import LOG_GUID, PRESENT, STRANGER
+from tests.formats import make_vhdx
+from tests.formats.make_vhdx import LOG_GUID, PARTIAL, PRESENT, STRANGER
 
 U32, U64 = 0xFFFFFFFF, (1 << 64) - 1
 HEADERS, TABLES = (64 * KIB, 128 * KIB), (192 * KIB, 256 * KIB)
 LENGTHS = {**dict.fromkeys(HEADERS, 4096), **dict.fromkeys(TABLES, 64 * KIB)}
 OVERLAPS = "overlaps"
+REPLAY = "must be replayed before writing"
 
 HEADER = (
     Field("signature", 0, 4, "header 1 at 65536: signature", {}),
@@ -202,7 +207,7 @@ VALUES = {
             4,
             4,
             "file parameters",
-            {0: OPENS, 1: OPENS, 2: "differencing", 3: "differencing", 4: "flags 0x4"},
+            {0: OPENS, 1: OPENS, 2: "no parent locator", 3: "no parent locator", 4: "flags 0x4"},
         ),
     ),
     "size": (
@@ -320,6 +325,8 @@ def mutations() -> Iterator[Mutation]:
     yield from logs()
     yield from files()
     yield from large()
+    yield from locators()
+    yield from bitmaps()
 
 
 def fields_of(
@@ -716,10 +723,13 @@ def logs() -> Iterator[Mutation]:
         yield named(
             f"zeroes {length:#x} bytes", single([(4 * MIB, length)]), "bytes long, the limit"
         )
-    # Guest data is none of a log's business, and is not replayed in memory.
     yield named(
-        "zeroes all the data, to 8 TiB", single([(4 * MIB, 1 << 43)]), guest=False, loose=True
+        "zeroes all the data, to 8 TiB",
+        single([(4 * MIB, 1 << 43)]),
+        write=REPLAY,
+        guest=False,
     )
+    yield named("changes a block", single([(5 * MIB, page)]), write=REPLAY, guest=False)
     # Not whole sectors: such an entry is torn, and the header names a log without one.
     for name, changes in (
         ("unaligned", [(4 * MIB + 512, page)]),
@@ -744,13 +754,18 @@ def logs() -> Iterator[Mutation]:
             guest=False,
         )
     for name, value, read in (
-        ("0", 0, OPENS),
+        ("0", 0, (OPENS, REPLAY)),
         ("a MiB more than there is", 9 * MIB, "truncated"),
         ("2^63", 1 << 63, "truncated"),
         ("the end of numbers", U64, "truncated"),
     ):
+        read, write = read if isinstance(read, tuple) else (read, None)
         yield named(
-            f"flushed size {name}", single([(5 * MIB, page)], flushed=value), read, guest=False
+            f"flushed size {name}",
+            single([(5 * MIB, page)], flushed=value),
+            read,
+            write=write,
+            guest=False,
         )
     for name, value, read in (
         ("0", 0, OPENS),
@@ -760,7 +775,13 @@ def logs() -> Iterator[Mutation]:
         ("a byte past the limit", (1 << 47) + 1, "bytes long, the limit"),
         ("the end of numbers", U64, "bytes long, the limit"),
     ):
-        yield named(f"last size {name}", single([(5 * MIB, page)], last=value), read, guest=False)
+        yield named(
+            f"last size {name}",
+            single([(5 * MIB, page)], last=value),
+            read,
+            write=read or REPLAY,
+            guest=False,
+        )
     # Tricks with sequences.
     for name, parts, read in (
         ("two entries", ((0, entry(7, 0)), (8192, entry(8, 0))), OPENS),
@@ -776,7 +797,7 @@ def logs() -> Iterator[Mutation]:
         ("numbers that fall", ((0, entry(8, 0)), (8192, entry(7, 0))), OPENS),
         ("around the end", ((MIB - 8192, entry(7, MIB - 8192)), (0, entry(8, MIB - 8192))), OPENS),
     ):
-        yield named(name, logged(*parts), read, guest=False)
+        yield named(name, logged(*parts), read, write=read or REPLAY, guest=False)
     yield named(
         "another log's entries",
         logged((0, lambda base: log_entry(base, [(3 * MIB, page)], guid=STRANGER.bytes_le))),
@@ -916,6 +937,7 @@ def large() -> Iterator[Mutation]:
             "vhdx-logged",
             long_log(64 * MIB, zeroing(count)),
             read,
+            write=read or REPLAY,
             guest=False,
             size=81 * MIB,
         )
@@ -947,4 +969,236 @@ def large() -> Iterator[Mutation]:
         "entries overlap",
         guest=False,
         size=81 * MIB,
+    )
+
+
+# Differencing disks: blocks 5 and 0 are the child's, 3 and 7 in part, 2 is zero.
+
+PARENT_ID = "{00000000-0000-0000-0000-00000000f00d}"
+IN_PART = {3: b"\x0f" * 256, 7: bytes(128) + b"\xff" * 128}
+
+
+def below(path: Path) -> None:
+    make_vhdx.make(
+        path.parent / "parent.vhdx",
+        8 * MIB,
+        {1: b"\xd1" * MIB, 3: b"\xd3" * MIB, 2: b"\xd2" * MIB},
+        data_write=make_vhdx.UUID(PARENT_ID),
+    )
+
+
+def child(path: Path) -> bytes:
+    whole = {5: b"\x51" * MIB, 0: b"\x50" * MIB}
+    above = {5: whole[5], 3: b"\x53" * MIB, 7: b"\x57" * MIB, 0: whole[0]}
+    make_vhdx.make(
+        path,
+        8 * MIB,
+        above,
+        parent=make_vhdx.below(make_vhdx.UUID(PARENT_ID), "parent.vhdx"),
+        partial=IN_PART,
+        entries={2: make_vhdx.ZERO},
+    )
+    fourth = (b"\x53" * 2048 + b"\xd3" * 2048) * 256
+    last = bytes(MIB // 2) + b"\x57" * (MIB // 2)
+    shown = {**whole, 1: b"\xd1" * MIB, 3: fourth, 7: last}
+    return b"".join(shown.get(block, bytes(MIB)) for block in range(8))
+
+
+def locate(base: Base) -> None:
+    """As for the others, and the item that they do not have, which is the last."""
+    item = make_vhdx.PARENT_LOCATOR.bytes_le
+    at = base.content.index(item)
+    plain = replace(base)
+    plain.content = base.content[:at] + b"\0" * 16 + base.content[at + 16 :]
+    metadata = plain.content.index(b"metadata")
+    plain.content = patched(plain.content, (metadata + 10, b"\5\0"))
+    bases._map_vhdx(plain)
+    base.at, base.metadata = plain.at, plain.metadata
+    base.at["locator"] = metadata + base.number(at + 16, 4)
+    base.at["locator_length"] = base.number(at + 20, 4)
+    base.at["locator_entry"] = at
+    base.at["bitmap_entry"] = base.at["bat"] + 4096 * 8
+    base.at["bitmap"] = base.number(base.at["bitmap_entry"], 8) >> 20 << 20
+    base.metadata += [
+        (at, 32),
+        (base.at["locator"], base.at["locator_length"]),
+        (base.at["bitmap_entry"], 8),
+        (base.at["bitmap"], 2048),
+    ]
+
+
+MAKERS = {"vhdx-child": Maker("vhdx", child, MIB, locate, beside=below)}
+
+
+def locators() -> Iterator[Mutation]:
+    """What a child says of its parent."""
+
+    def named(name: str, edit: Edit, read: str = OPENS, **options: Any) -> Mutation:
+        options = {"file_name": "images/image", **options}
+        return Mutation(f"vhdx-child: {name}", "vhdx-child", edit, read, **options)
+
+    def said(*pairs: tuple[str, str], **options: Any) -> Edit:
+        """Another locator in the old one's place."""
+        raw = make_vhdx.locator(pairs, **options)
+        return lambda base: [
+            (base.at["locator"], raw),
+            (base.at["locator_entry"] + 20, struct.pack("<I", len(raw))),
+        ]
+
+    def leads(path: str, key: str = "relative_path") -> Edit:
+        return said(("parent_linkage", PARENT_ID), (key, path))
+
+    yield named("as it was", nothing)
+    for field, value, read in (
+        ("type", STRANGER.bytes_le, "parent locator at .*: type"),
+        ("count", b"\0\0", "no parent_linkage"),
+        ("count", b"\1\0", "none of relative_path"),
+        ("count", b"\6\0", "parent locator"),
+        ("count", b"\x41\0", "65 keys"),
+        ("count", b"\xff\xff", "65535 keys"),
+    ):
+        at = 0 if field == "type" else 18
+        edit = put("locator", at, value)
+        yield named(f"locator: {field}={value[:2].hex()}", edit, read, guest=False)
+    for name, at in (("key offset", 20), ("value offset", 24)):
+        for value in (0, 19, 1 << 31, U32, U32 - 1):
+            edit = put("locator", at, struct.pack("<I", value))
+            yield named(f"{name} {value:#x}", edit, "parent locator", guest=False)
+    for name, at in (("key length", 28), ("value length", 30)):
+        for value in (0, 1, 0x7FFF, 0xFFFF):
+            edit = put("locator", at, struct.pack("<H", value))
+            yield named(f"{name} {value}", edit, "parent locator", guest=False)
+    for name, at, value, read in (
+        ("offset 0", 16, 0, "outside the metadata"),
+        ("offset in the table", 16, 64 * KIB - 1, "outside the metadata"),
+        ("offset past the end", 16, MIB - 8, "outside the metadata"),
+        ("offset on other items", 16, 64 * KIB, "parent locator at .*: type"),
+        ("length 0", 20, 0, ": 0 bytes"),
+        ("length 19", 20, 19, "19 bytes"),
+        ("length too much", 20, 300 << 10, "at most 262144"),
+        ("length of everything", 20, U32, "outside the metadata"),
+    ):
+        edit = put("locator_entry", at, struct.pack("<I", value))
+        yield named(f"locator item: {name}", edit, read, guest=False)
+    yield named("no locator", put("locator_entry", 0, bytes(28)), "no parent locator")
+    yield named(
+        "a locator, but not HasParent: blocks in part are nothing then",
+        put("parameters", 4, bytes(4)),
+        eio=(3, 7),
+        guest=False,
+    )
+    yield named(
+        "another identity",
+        said(("parent_linkage", f"{{{STRANGER}}}"), ("relative_path", "parent.vhdx")),
+        "expected 99999999",
+    )
+    yield named(
+        "an identity that is none",
+        said(("parent_linkage", "parent"), ("relative_path", "parent.vhdx")),
+        "not a GUID",
+    )
+    yield named("no identity", said(("relative_path", "parent.vhdx")), "no parent_linkage")
+    yield named(
+        "a long identity",
+        said(("parent_linkage", "0" * 20_000), ("relative_path", "x")),
+        "not a GUID",
+    )
+    out = "outside of the image's folder"
+    for name, path, read in (
+        ("above", "..\\secret", out),
+        ("above, said at length", ".\\..\\images\\..\\secret", out),
+        ("with slashes", "../secret", out),
+        ("far above", "..\\" * 40 + "etc\\passwd", out),
+        ("itself", "image", "the chain comes back"),
+        ("its folder", "..\\images", "not a regular file"),
+        ("missing", "missing", "not found: 'missing'"),
+        ("with a NUL", "parent\0.vhdx", "no possible file name"),
+        ("half a surrogate pair", "\ud800", "no possible file name"),
+        ("long", "x" * 30_000, "no possible file name"),
+        ("json:", "json:{}", "not a local file"),
+        ("nbd:", ".\\nbd:localhost", "not a local file"),
+    ):
+        yield named(f"relative path: {name}", leads(path), read, beside=around)
+    for key in ("absolute_win32_path", "volume_path"):
+        for name, path, read in (
+            ("of Windows", "C:\\Windows\\parent.vhdx", OPENS),
+            ("of a share", "\\\\server\\share\\parent.vhdx", OPENS),
+            ("of nothing", "C:\\", "none of relative_path"),
+            ("of nothing above", "C:\\..", "none of relative_path"),
+        ):
+            yield named(f"{key}: {name}", leads(path, key), read)
+    yield named("absolute path: of ours", leads("/etc/passwd", "absolute_win32_path"), out)
+    yield named("absolute path: a device", leads("/dev/zero", "absolute_win32_path"), out)
+    yield named("volume path: of ours", leads("/etc/passwd", "volume_path"), "not found: 'passwd'")
+
+
+def around(path: Path) -> None:
+    below(path)
+    (path.parent.parent / "secret").write_bytes(b"secret" * 1000)
+
+
+def bitmaps() -> Iterator[Mutation]:
+    """Blocks 3 and 7 need one; nobody else looks at it."""
+
+    def named(name: str, edit: Edit, **options: Any) -> Mutation:
+        return Mutation(f"vhdx-child: {name}", "vhdx-child", edit, **options)
+
+    def entry(value: int) -> Edit:
+        return put("bitmap_entry", 0, struct.pack("<Q", value))
+
+    for state in (0, 1, 2, 3, 4, 5, 7):
+        edit = put("bitmap_entry", 0, bytes([state]))
+        yield named(f"the bitmap has state {state}", edit, eio=(3, 7))
+    for name, at in (
+        ("nowhere", 0),
+        ("the log", MIB),
+        ("the metadata", 2 * MIB),
+        ("the BAT", 3 * MIB),
+        ("the end of the file", 9 * MIB),
+        ("2^40", 1 << 40),
+        ("2^62", 1 << 62),
+        ("the end of numbers", U64 - MIB + 1),
+    ):
+        yield named(f"the bitmap lies in {name}", entry(at | PRESENT), eio=(3, 7))
+    # Then that block is no data any more.
+    yield named(
+        "the bitmap lies in block 5",
+        entry(4 * MIB | PRESENT),
+        write="BAT entry of block 5",
+        eio=(5,),
+        guest=False,
+    )
+    for name, bits in (("none", b"\0"), ("all", b"\xff"), ("every second", b"\x55")):
+        edit = put("bitmap", 3 * 256, bits * 256)
+        yield named(f"bits of block 3: {name}", edit, guest=False)
+    for block, at in ((1, 0), (1, MIB), (1, 3 * MIB), (1, 1 << 44)):
+        yield named(
+            f"block {block} in part, at {at}",
+            bat(block, at | PARTIAL),
+            write=f"BAT entry of block {block}" if at else OPENS,
+            eio=(block,),
+        )
+    yield named(
+        "block 1 in part, where the bitmap is",
+        lambda base: bat(1, base.at["bitmap"] | PARTIAL)(base),
+        write="BAT entry of block 1",
+        eio=(1,),
+    )
+    yield named(
+        "all blocks in part, at one place",
+        lambda base: [w for block in range(8) for w in bat(block, 4 * MIB | PARTIAL)(base)],
+        write="BAT entry of block 1",
+        guest=False,
+    )
+    yield named(
+        "a block of 256 MiB, every second sector",
+        lambda base: [
+            (base.at["parameters"], struct.pack("<I", 256 * MIB)),
+            (base.at["size"], struct.pack("<Q", 256 * MIB)),
+            (base.at["bat"], struct.pack("<Q", 16 * MIB | PARTIAL)),
+            (base.at["bat"] + 16 * 8, struct.pack("<Q", base.at["bitmap"] | PRESENT)),
+            (base.at["bitmap"], b"\x55" * 64 * KIB),
+        ],
+        guest=False,
+        size=272 * MIB,
     )

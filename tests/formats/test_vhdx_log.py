@@ -16,14 +16,18 @@ from uuid import UUID
 
 import pytest
 
+import virtmount
 from tests.formats import make_vhdx as mk
 from tests.formats.make_vhdx import MIB, Made, log_entry, make
+from tests.formats.vhdx_chains import make_pair
 from tests.reference import Reference
 from virtmount import hostfile
-from virtmount.errors import Corrupt, Unsupported, VirtmountError
+from virtmount.chain import open_chain
+from virtmount.errors import Corrupt, NeedsRecovery, Unsupported, VirtmountError
 from virtmount.formats.vhdx import VHDX
 from virtmount.formats.vhdx_log import MAX_CHANGES
 from virtmount.hostfile import HostFile
+from virtmount.image import Kind, extents
 from virtmount.plan import Barrier, Extend, Plan, Punch, Write
 
 OLD, NEW, NEWER = b"o" * MIB, b"n" * MIB, b"N" * MIB
@@ -469,3 +473,79 @@ def test_a_replay_that_fails_half_way_leaves_reads_as_they_were(tmp_path: Path, 
     assert read(made.path) == expected
     assert replayed_by_qemu(made.path) == expected
     assert replayed_by_us(made.path) == expected
+
+
+# A log that changes guest data
+
+
+def test_data_in_a_log_is_read_and_must_be_replayed_before_writing(tmp_path: Path) -> None:
+    page = b"\x5a" * 4096
+    changes: list[tuple[int, bytes | int]] = [
+        *maps(b0=4, b1=5),
+        (4 * MIB + 8192, page),
+        (5 * MIB + 65536, 65536),
+    ]
+    made = dirty(tmp_path, [entry(1, changes)])
+    expected = bytearray(OLD + NEW + bytes(MIB))
+    expected[8192 : 8192 + 4096] = page
+    expected[MIB + 65536 : MIB + 131072] = bytes(65536)
+    assert read(made.path) == expected
+    assert replayed_by_qemu(made.path) == expected
+    with virtmount.open(made.path) as disk:
+        assert disk.pread(0, disk.size) == expected
+    before = made.path.read_bytes()
+    with (
+        HostFile(made.path, writable=True) as file,
+        pytest.raises(NeedsRecovery, match="log at 1048576: changes the data of block 0") as caught,
+    ):
+        VHDX(file)
+    assert caught.value.hint == f"virtmount check --repair {made.path}"
+    assert made.path.read_bytes() == before
+
+
+def test_data_in_a_log_for_large_blocks(tmp_path: Path) -> None:
+    """Answered by the MiB, whatever the block."""
+    content = os.urandom(8 * MIB)
+    made = make(tmp_path / "disk.vhdx", 24 * MIB, {1: content}, block_size=8 * MIB)
+    page = b"\x5a" * 4096
+    at = made.hosts[1] + 5 * MIB - 4096
+    made.put_entry(0, log_entry(1, [(at, page), (at + 4096, page)], flushed=made.end))
+    made.put_headers(mk.header(1, log_guid=mk.LOG_GUID), mk.header(2, log_guid=mk.LOG_GUID))
+    expected = bytearray(24 * MIB)
+    expected[8 * MIB : 16 * MIB] = content
+    expected[13 * MIB - 4096 : 13 * MIB + 4096] = page * 2
+    assert read(made.path) == expected
+    with HostFile(made.path) as file:
+        image = VHDX(file)
+        assert image.cluster_size == MIB
+        kinds = [extent.kind for extent in extents(image, 8 * MIB, 8 * MIB)]
+        assert kinds == [Kind.DATA] * 4 + [Kind.COMPRESSED] * 2 + [Kind.DATA] * 2
+        with pytest.raises(Corrupt, match="nothing that the log changes"):
+            image.inflate(0)
+    with virtmount.open(made.path) as disk:
+        assert disk.pread(0, disk.size) == expected
+
+
+def test_data_in_a_log_of_a_child(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, 12 * MIB)
+    made = pair.child
+    block = next(b for b in range(12) if made.read(made.entry_offset(b), 1)[0] & 7 == mk.PARTIAL)
+    page = b"\x5a" * 4096
+    made.put_entry(0, log_entry(1, [(made.hosts[block] + 16384, page)], flushed=made.end))
+    made.put_headers(mk.header(1, log_guid=mk.LOG_GUID), mk.header(2, log_guid=mk.LOG_GUID))
+    bits = made.read(made.bitmaps[0] + block * 256 + 4, 1)[0]
+    for i in range(8):
+        if bits >> i & 1:
+            start = block * MIB + 16384 + i * 512
+            pair.content[start : start + 512] = page[:512]
+    chain = open_chain(made.path)
+    assert Reference(chain.images).pread(0, 12 * MIB) == pair.content
+    chain.close()
+    with virtmount.open(made.path) as disk:
+        assert disk.pread(0, disk.size) == pair.content
+
+
+def test_a_log_that_changes_what_holds_no_data_can_wait(tmp_path: Path) -> None:
+    """Place 6 MiB is named by no entry, neither before nor after."""
+    made = dirty(tmp_path, [entry(1, [*maps(b0=4, b1=5), (6 * MIB, b"\x5a" * 4096)])])
+    all_agree(made, OLD + NEW + bytes(MIB))

@@ -354,6 +354,32 @@ def test_a_commit_larger_than_the_ring(tmp_path: Path) -> None:
         assert len(hosts - {0}) == len(blocks)
 
 
+@pytest.mark.parametrize("parent", [False, True])
+def test_one_flush_is_one_commit_however_many_blocks_are_new(tmp_path: Path, parent: bool) -> None:
+    """qemu syncs seven times for each block.  Here: the data (if it hides other data), the entry,
+    and what is asked for anyway at the end."""
+    locator = mk.below(mk.DATA_WRITE, "parent.vhdx") if parent else None
+    child = make(tmp_path / "disk.vhdx", 3000 * MIB, parent=locator, file_write=UUID(int=3))
+    blocks = range(0, 3000, 37)  # 6 BAT sectors
+    below = make(tmp_path / "parent.vhdx", 3000 * MIB, {74: b"x"})
+    syncs: list[int] = []
+
+    class Counted(HostFile):
+        def sync(self) -> None:
+            syncs.append(1)
+
+    with Counted(child.path, writable=True) as file, HostFile(below.path) as under:
+        images = [VHDX(file), VHDX(under)] if parent else [VHDX(file)]
+        with Reference(images) as disk:
+            disk.pwrite(0, b"first")
+            disk.flush()
+            for block in blocks:
+                disk.pwrite(block * MIB + 512, b"x" * 512)
+            syncs.clear()
+            disk.flush()
+            assert len(syncs) == (3 if parent else 2)
+
+
 def newest_batch(made: Made) -> list[tuple[int, int]]:
     """(offset, length) in the ring of the newest batch that the newest header makes valid."""
     newest = max((made.read(at, 4096) for at in (65536, 131072)), key=lambda raw: raw[8:16][::-1])
