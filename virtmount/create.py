@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from virtmount import formats
-from virtmount.chain import close_image, open_chain
+from virtmount.chain import Opener, close_image, open_chain
 from virtmount.disk import round_up
 from virtmount.errors import NotAnImage, Unsupported, VirtmountError
-from virtmount.hostfile import HostFile, execute
+from virtmount.hostfile import execute
 from virtmount.image import DEFAULTS, Image, Options
 from virtmount.info import ImageInfo, inspect
 from virtmount.sizes import MAX_SIZE, complete_options
@@ -135,7 +135,8 @@ def new_image(
 def verify(driver: type[Image], staging: Staging, size: int, options: Options) -> None:
     """Refuse to hand out what we would not open ourselves."""
     try:
-        image = driver(HostFile(staging.path), opening(options))  # type: ignore[call-arg]
+        opener = Opener(staging.path, options=opening(options))
+        image = opener.open_top(driver.name, writable=False)
     except NotAnImage as error:
         raise VirtmountError(
             staging.target, "", f"the new {driver.name} image cannot be opened: {error}"
