@@ -333,20 +333,22 @@ class VHD(Image):
 
     def details(self) -> dict[str, Any]:
         footer, copies = self._footer, self._copies
+        shape = (footer.cylinders, footer.heads, footer.sectors)
         shaped = vhd_footer.size_by_geometry(footer)
+        version = f"{footer.creator_version >> 16}.{footer.creator_version & 0xFFFF}"
+        creator = footer.creator_app.decode("latin-1").rstrip(" \0") + f" {version}"
         found: dict[str, Any] = {
             "footer_used": f"{'head' if self._copy.offset == 0 else 'tail'}",
             "footer_head": _state_of(copies.head, expected=footer.type != FIXED),
             "footer_tail": _state_of(copies.tail, expected=True),
-            "creator": f"{footer.creator_app.decode('latin-1').rstrip()!r} "
-            f"{footer.creator_version >> 16}.{footer.creator_version & 0xFFFF}",
+            "creator": creator,
             "created": _date(footer.timestamp),
             "size_from": self._size_from,
         }
         if shaped != footer.current_size:
             found["size_current"] = footer.current_size
-            found["size_chs"] = shaped
-        shape = (footer.cylinders, footer.heads, footer.sectors)
+            if shape != vhd_footer.LARGEST_GEOMETRY:
+                found["size_chs"] = shaped
         found["geometry"] = "/".join(map(str, shape))
         found["saved_state"] = bool(footer.saved_state)
         if footer.type == FIXED:
