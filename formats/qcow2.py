@@ -1,9 +1,9 @@
 """QCOW2, versions 2 and 3: read and written.
 
 Source: qemu's docs/interop/qcow2.rst for the format; the order of writes is our own.  Tried with
-images made by qemu-img 7.2.  Refused by name: encryption, external data files, extended L2
-entries and unknown incompatible features; for writing also internal snapshots and images that are
-marked dirty or corrupt.  Bitmaps become inconsistent with the first write, and are marked so.
+images made by qemu-img 7.2.  Refused by name: encryption and unknown incompatible features; for
+writing also images that are marked dirty or corrupt.  Bitmaps that must follow all changes are
+marked as not to be trusted before the first write (qcow2_bitmaps.py).
 
 What the file says while it is written, and why:
 
@@ -12,9 +12,12 @@ What the file says while it is written, and why:
    those entries no longer name, and holes there.  A crash between any two leaks, no more.
 2. Everything is written in sectors of 512 bytes, in which entries and counts lie whole.
 3. An L1 entry names a table only once the table is durable.  A table that may be shared (its L1
-   entry is not COPIED) is copied before it is changed.
+   entry is not COPIED, or its count is not 1) is copied before it is changed, and so is data: what
+   snapshots hold is never written.
 4. Counts are right after every barrier, so lazy_refcounts needs no dirty bit: it is never set.
-5. Tables are not cached, except for L1: between two plans the file holds the truth.
+5. Tables are not cached, except for L1 and, between leaf() and slow(), one piece of an L2 table:
+   between two plans the file holds the truth.
+6. Data in an external data file lies at its guest offset, and is not counted.
 """
 
 from __future__ import annotations
@@ -22,12 +25,26 @@ from __future__ import annotations
 import errno
 import struct
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from virtmount.errors import Corrupt, NeedsRecovery, Unsupported
-from virtmount.formats.qcow2_header import AUTOCLEAR_AT, LAZY_REFCOUNTS, MAGIC, REPAIR, read_header
+from virtmount.errors import Corrupt, NeedsRecovery, NotAnImage, Unsupported
+from virtmount.formats import qcow2_bitmaps, qcow2_data_file
+from virtmount.formats.qcow2_check import check
+from virtmount.formats.qcow2_entries import COMPRESSED, COPIED, OFFSET, ZERO, Entries
+from virtmount.formats.qcow2_header import (
+    AUTOCLEAR_AT,
+    BITMAPS,
+    BITMAPS_VALID,
+    DATA_FILE_RAW,
+    LAZY_REFCOUNTS,
+    MAGIC,
+    REPAIR,
+    check_l1,
+    read_header,
+)
 from virtmount.formats.qcow2_refcount import (
     BLOCK,
     SECTOR,
@@ -36,35 +53,34 @@ from virtmount.formats.qcow2_refcount import (
     read_table,
     table_bytes,
 )
+from virtmount.formats.qcow2_snapshots import Record, records
 from virtmount.formats.zstd import Decompressor, ZstdError
 from virtmount.hostfile import HostFile
 from virtmount.image import (
     DEFAULTS,
     Caps,
     Dirty,
+    Extent,
     Image,
     Kind,
-    Layout,
     Leaf,
     Match,
     Options,
     Reservation,
-    Rule,
     Run,
     Span,
 )
-from virtmount.plan import Barrier, Extend, Plan, Step, Truncate, Write
+from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate, Write
+from virtmount.siblings import open_sibling
+from virtmount.upkeep import Finding, Progress, Repair, Snapshot
 
-# L1 and L2 entries.
-ENTRY = 8
-OFFSET = 0x00FFFFFFFFFFFE00  # bits 9-55
-COPIED = 1 << 63  # the count is exactly 1
-COMPRESSED = 1 << 62
-ZERO = 1  # version 3; the offset may still hold a preallocated cluster
+ENTRY = 8  # bytes of an L1 entry
 PER_SECTOR = SECTOR // ENTRY
 _ENTRY = struct.Struct(">Q")
 
 LEAF = 4096  # entries
+EXTENDED_LEAF = 512  # ... of 32 pieces each
+MAX_KEPT = 1 << 19  # L1 entries of all states, in images with snapshots that are written
 MAX_LOOK = (1 << 18, 1 << 30)  # L2 tables, bytes of them, that are looked through after a crash
 SAMPLE = 64  # L2 tables whose counts are looked at before an image is written
 WINDOW = -12  # raw deflate with the window that the format prescribes
@@ -72,6 +88,14 @@ WINDOW = -12  # raw deflate with the window that the format prescribes
 
 class QCOW2(Image):
     name: ClassVar[str] = "qcow2"
+
+    checks: ClassVar[bool] = True
+
+    @classmethod
+    def check(
+        cls, file: HostFile, options: Options, repair: Repair
+    ) -> Iterator[Finding | Plan | Progress]:
+        return check(file, options, repair)
 
     @classmethod
     def probe(cls, head: bytes, tail: bytes, size: int) -> Match:
@@ -86,19 +110,69 @@ class QCOW2(Image):
         self.size = header.size
         self.cluster_size = header.cluster_size
         self.parent = header.parent
-        self._l2_entries = header.cluster_size // ENTRY
-        self._clusters = -(-header.size // header.cluster_size)
-        self.entries_per_leaf = min(self._l2_entries, LEAF)
-        self.layout = _layout(header.version, header.cluster_size)
-        # Where a compressed cluster's entry changes from byte offset to sector count.
-        self._sectors_shift = 62 - (header.cluster_size.bit_length() - 1 - 8)
-        self._l1 = read_table(file, header.l1_offset, header.l1_size)
-        self.memory = header.l1_size * ENTRY
+        self._entries = Entries(
+            header.version,
+            header.cluster_size,
+            extended=header.extended,
+            data_file=header.data_file is not None,
+        )
+        self.layout = self._entries.layout()
+        self._l2_entries = self._entries.per_table
+        self.entries_per_leaf = min(self._l2_entries, EXTENDED_LEAF if header.extended else LEAF)
+        l1_offset, l1_size = header.l1_offset, header.l1_size
+        if options.snapshot is not None:
+            l1_offset, l1_size = self._choose(options.snapshot)
+        self._clusters = -(-self.size // header.cluster_size)
+        self._l1 = read_table(file, l1_offset, l1_size)
+        self._l1_place = l1_offset, l1_size * ENTRY
+        self._words: tuple[int, array[int]] | None = None  # leaf, the words of its L2 entries
+        self._kept: list[int] = []  # clusters of tables that belong to snapshots only
+        self.memory = l1_size * ENTRY
         self._zstd = self._load_zstd() if header.compression == "zstd" else None
         self._own_cut_table()
         self._begun = self._failed = False
+        if header.data_file is not None:
+            self._open_data_file(header.data_file, options)
+        try:
+            if file.writable:
+                self._open_for_writing()
+        except BaseException:
+            for other in self.files[1:]:
+                other.close()
+            raise
+
+    def _choose(self, wanted: str) -> tuple[int, int]:
+        """Show an internal snapshot instead of the present state: offset and entries of its L1."""
+        file, header = self._file, self._header
         if file.writable:
-            self._open_for_writing()
+            raise Unsupported(file, "--snapshot", "snapshots are only read", hint="--read-only")
+        found: Record | None = None
+        known = []
+        for record in records(file, header.snapshot_table[0], header.snapshots):
+            if record.id == wanted:
+                found = record  # an id goes before a name
+                break
+            if record.name == wanted and found is None:
+                found = record
+            known.append(record.name)
+        if found is None:
+            names = ", ".join(map(repr, known[:16])) or "none"
+            raise NotAnImage(file, "--snapshot", f"no snapshot {wanted!r}, there are: {names}")
+        self.size = header.size if found.size is None else found.size
+        check_l1(file, found, self.size, header.cluster_size, self._entries.width)
+        self.variant += f", snapshot {found.name or found.id}"
+        return found.l1_offset, found.l1_size
+
+    def _open_data_file(self, name: str, options: Options) -> None:
+        data = open_sibling(self._file, "header extension 0x44415441", name, options)
+        self.files.append(data)
+        self.identity_file = 1
+        if data.size >= self.size:
+            if self._header.raw_data_file:
+                self.flat, self.flat_file = 0, 1
+        elif self.size:
+            # What is not there yet reads as zeros; the first write makes it longer.
+            data.patch(self.size - 1, b"\0")
 
     def _load_zstd(self) -> Decompressor:
         try:
@@ -126,9 +200,58 @@ class QCOW2(Image):
     # Reading
 
     def leaf(self, index: int) -> Leaf:
-        table, within = divmod(index * self.entries_per_leaf, self._l2_entries)
+        entries, count = self._entries, self.entries_per_leaf
+        if self._header.raw_data_file:
+            return Leaf(base=index * count * self.cluster_size, data_file=1)
+        table, within = divmod(index * count, self._l2_entries)
         offset = self._l2_table(table)
-        return Leaf(table=offset + within * ENTRY) if offset else Leaf()
+        if not offset:
+            return Leaf()
+        at = offset + within * entries.width
+        if not (entries.extended or entries.data_file or self._header.snapshots):
+            return Leaf(table=at)
+        words = read_table(self._file, at, count * entries.words)
+        self._words = index, words
+        if entries.extended or self._misleading(index * count, words):
+            return Leaf(kind=Kind.PARTIAL)
+        return Leaf(table=at, data_file=int(entries.data_file))
+
+    def _misleading(self, first: int, words: array[int]) -> bool:
+        """Whether plain entries say what the rules of the layout must not be trusted with."""
+        if self._entries.data_file:
+            size = self.cluster_size
+            return any(
+                entry & (OFFSET | COPIED)
+                and not entry & ZERO
+                and entry & OFFSET != (first + i) * size
+                for i, entry in enumerate(words)
+            )
+        if not self._file.writable:
+            return False
+        return not self._counts.all_alone(
+            (entry & OFFSET) // self.cluster_size
+            for entry in words
+            if entry & COPIED and entry & OFFSET and not entry & (COMPRESSED | ZERO)
+        )
+
+    def slow(self, cluster: int) -> Sequence[Extent]:
+        index, within = divmod(cluster, self.entries_per_leaf)
+        if self._words is None or self._words[0] != index:
+            self.leaf(index)
+        if self._words is None or self._words[0] != index:
+            return (Extent(cluster * self.cluster_size, self.cluster_size, Kind.ABSENT),)
+        entries, words = self._entries, self._words[1]
+        file = self.files[int(entries.data_file)]
+        limit = _round_up(file.size, self.cluster_size)
+        own = words[within * entries.words : (within + 1) * entries.words]
+        alone = True
+        if self._header.snapshots and file.writable:
+            alone = self._counts.count((own[0] & OFFSET) // self.cluster_size) == 1
+        return entries.pieces(cluster, own, alone=alone, limit=limit)
+
+    @property
+    def grain(self) -> int:
+        return self._entries.grain
 
     def _l2_table(self, index: int) -> int:
         """The offset of an L2 table, 0 where there is none."""
@@ -147,11 +270,11 @@ class QCOW2(Image):
     def inflate(self, cluster: int) -> bytes:
         table, within = divmod(cluster, self._l2_entries)
         offset = self._l2_table(table)
-        at = offset + within * ENTRY
+        at = offset + within * self._entries.width
         entry = _ENTRY.unpack(self._file.pread(at, ENTRY))[0] if offset else 0
         if not entry & COMPRESSED:
             raise Corrupt(self._file, f"byte {at}", f"guest cluster {cluster} is not compressed")
-        start, length = self._compressed(entry)
+        start, length = self._entries.compressed(entry)
         if start >= self._file.size:
             raise Corrupt(
                 self._file,
@@ -178,12 +301,6 @@ class QCOW2(Image):
             )
         return data
 
-    def _compressed(self, entry: int) -> tuple[int, int]:
-        """Byte offset and longest length of the data of a compressed cluster."""
-        start = entry & ((1 << self._sectors_shift) - 1)
-        more = (entry & (COMPRESSED - 1)) >> self._sectors_shift
-        return start, (more + 1) * SECTOR - start % SECTOR
-
     def details(self) -> dict[str, Any]:
         header = self._header
         return {
@@ -197,9 +314,30 @@ class QCOW2(Image):
             "dirty": header.dirty,
             "corrupt": header.corrupt,
             "snapshots": header.snapshots,
+            "bitmaps": self._bitmap_names(),
+            "extended_l2": header.extended,
+            "data_file": header.data_file,
+            "data_file_raw": header.raw_data_file,
             "backing_file": header.parent.names[0] if header.parent else None,
             "backing_format": header.parent.format if header.parent else None,
         }
+
+    def _bitmap_names(self) -> list[str]:
+        header = self._header
+        if not header.autoclear & BITMAPS_VALID or BITMAPS not in header.extensions:
+            return []
+        try:
+            found = qcow2_bitmaps.bitmaps(
+                self._file, header.extensions[BITMAPS], header.cluster_size
+            )
+            return [bitmap.name for bitmap in found]
+        except Corrupt:
+            return []
+
+    def snapshots(self) -> Sequence[Snapshot]:
+        header = self._header
+        found = records(self._file, header.snapshot_table[0], header.snapshots)
+        return [record.shown(header.size) for record in found]
 
     def metadata(self) -> Iterator[Span]:
         """Sorted, adjacent clusters joined.  Entries that name no possible table are left out."""
@@ -222,12 +360,21 @@ class QCOW2(Image):
         )
         offsets = [entry & OFFSET for entry in self._l1 if entry & OFFSET]
         offsets += [entry & BLOCK for entry in blocks if entry & BLOCK]
-        for offset, length in (
+        offsets += self._kept
+        bitmaps = (0, 0)
+        if header.autoclear & BITMAPS_VALID:
+            bitmaps = qcow2_bitmaps.directory(header.extensions.get(BITMAPS, b""))
+            if sum(bitmaps) > self._file.size or bitmaps[0] % size:
+                bitmaps = (0, 0)
+        places = {
             (0, size),
             (header.l1_offset, header.l1_size * ENTRY),
+            self._l1_place,
             (header.refcount_offset, header.refcount_clusters * size),
             header.snapshot_table,
-        ):
+            bitmaps,
+        }
+        for offset, length in places:
             offsets += range(offset, offset + length, size)
         offsets.sort()
         return offsets
@@ -236,6 +383,7 @@ class QCOW2(Image):
 
     def _open_for_writing(self) -> None:
         header, file = self._header, self._file
+        self._keep_snapshots()
         self._refuse_overlaps()
         self._head = bytearray(file.pread(0, SECTOR))
         self._counts = Refcounts(
@@ -255,6 +403,31 @@ class QCOW2(Image):
         self._refuse_missing()
         self.caps = Caps(write=True, discard=True, zero_hides_parent=header.version > 2)
 
+    def _keep_snapshots(self) -> None:
+        """Learn where the tables lie that snapshots do not share with the present state."""
+        file, header, size = self._file, self._header, self.cluster_size
+        if not header.snapshots:
+            return
+        number = len(self._l1)
+        active = {entry & OFFSET for entry in self._l1} if number <= MAX_KEPT else set()
+        kept: set[int] = set()
+        for record in records(file, header.snapshot_table[0], header.snapshots):
+            number += record.l1_size
+            if number > MAX_KEPT:
+                raise Unsupported(
+                    file,
+                    "header+60",
+                    f"writing to an image with snapshots whose L1 tables have more than {MAX_KEPT} "
+                    "entries",
+                    hint="attach it with --read-only",
+                )
+            check_l1(file, record, record.size or 0, size, self._entries.width)
+            kept.update(range(record.l1_offset, record.l1_offset + record.l1_size * ENTRY, size))
+            for entry in read_table(file, record.l1_offset, record.l1_size):
+                if entry & OFFSET and entry & OFFSET not in active:
+                    kept.add(entry & OFFSET)
+        self._kept = list(kept)
+
     def _refuse_overlaps(self) -> None:
         """Writing to a table that is two things at once would damage one of them."""
         size, last = self._file.size, -1
@@ -273,7 +446,11 @@ class QCOW2(Image):
         header = self._header
         tables = [entry & OFFSET for entry in self._l1 if entry & OFFSET]
         sample = tables[:: max(1, len(tables) // SAMPLE)]
-        for offset in (0, header.refcount_offset, header.l1_offset, *sample[:SAMPLE]):
+        places = [0, header.refcount_offset, header.l1_offset, *sample[:SAMPLE]]
+        places += self._kept[:SAMPLE]
+        if header.snapshots:
+            places.append(header.snapshot_table[0])
+        for offset in places:
             if not self._counts.count(offset // self.cluster_size):
                 raise NeedsRecovery(
                     self._file,
@@ -293,15 +470,19 @@ class QCOW2(Image):
         tables = [entry & OFFSET for entry in self._l1 if entry & OFFSET]
         if self._counts.end * size <= end or len(tables) > min(MAX_LOOK[0], MAX_LOOK[1] // size):
             return
+        entries = self._entries
+        if entries.data_file:
+            return
         for offset in tables:
-            for index, entry in enumerate(read_table(self._file, offset, self._l2_entries)):
-                host = 0 if entry & ZERO else entry & OFFSET
+            words = read_table(self._file, offset, size // ENTRY)[:: entries.words]
+            for index, entry in enumerate(words):
+                host = 0 if entry & ZERO and not entries.extended else entry & OFFSET
                 if entry & COMPRESSED:
-                    host, _ = self._compressed(entry)
+                    host, _ = entries.compressed(entry)
                 if host >= end:
                     raise Corrupt(
                         self._file,
-                        f"byte {offset + index * ENTRY}",
+                        f"byte {offset + index * entries.width}",
                         f"a cluster at {host}, the file ends at {self._file.size}: not written",
                         hint="open it read-only",
                     )
@@ -314,20 +495,68 @@ class QCOW2(Image):
         if self._failed:
             raise OSError(errno.EIO, "an earlier change of the metadata failed")
         self._failed = True
+        self._words = None
         yield Draft()
         self._failed = False
 
     def begin(self) -> Plan:
         self._begun = True
-        steps: list[Step] = []
-        if self._header.autoclear:
-            # Whoever set these bits relies on them only while every writer knows them.
-            self._head[AUTOCLEAR_AT : AUTOCLEAR_AT + 8] = bytes(8)
+        header = self._header
+        steps = self._mark_bitmaps()
+        keep = header.autoclear & (BITMAPS_VALID if steps is not None else 0)
+        steps = steps or []
+        if header.data_file is not None:
+            keep |= header.autoclear & DATA_FILE_RAW
+        if header.autoclear != keep:
+            # Whoever set the others relies on them only while every writer knows them.
+            self._head[AUTOCLEAR_AT : AUTOCLEAR_AT + 8] = keep.to_bytes(8, "big")
             steps.append(Write(0, bytes(self._head)))
         whole = _round_up(self._file.size, self.cluster_size)
         if whole > self._file.size and not self._file.is_device:
             steps.append(Extend(whole))
-        return Plan(*steps, Barrier) if steps else Plan()
+        plan = Plan()
+        if header.data_file is not None:
+            data = self.files[1]
+            data.unpatch()
+            if data.size < self.size and not data.is_device:
+                steps.append(Extend(self.size, 1))
+            if header.raw_data_file:
+                plan = self._map_all()
+            else:
+                holes = qcow2_data_file.wipe(self._file, self._l1, self._entries, self._clusters)
+                steps += [Punch(offset, length, 1) for offset, length in holes]
+        return Plan(*steps, Barrier) + plan if steps else plan
+
+    def _mark_bitmaps(self, *, every: bool = False) -> list[Step] | None:
+        """None: the bitmaps must be declared inconsistent as a whole."""
+        header = self._header
+        if not header.autoclear & BITMAPS_VALID:
+            return []
+        data = header.extensions.get(BITMAPS, b"")
+        writes = qcow2_bitmaps.invalidate(self._file, data, header.cluster_size, every=every)
+        return None if writes is None else list(writes)
+
+    def _map_all(self) -> Plan:
+        """A raw data file holds every cluster: make the tables say so."""
+        parts = qcow2_data_file.incomplete(self._file, self._l1, self._entries, self._clusters)
+        if not parts:
+            return Plan()
+        entries = self._entries
+        with self._drafting() as draft:
+            self._own_tables(draft, {first // self._l2_entries for first, _ in parts})
+            per_sector = SECTOR // entries.width
+            for first, count in parts:
+                last = first + count
+                while first < last:
+                    stop = min(last, _round_up(first + 1, per_sector))
+                    words = [
+                        word
+                        for cluster in range(first, stop)
+                        for word in entries.mapped(cluster * self.cluster_size)
+                    ]
+                    self._set(draft, first, tuple(words))
+                    first = stop
+            return self._settle(draft)
 
     def reserve(self, count: int) -> Reservation:
         with self._drafting() as draft:
@@ -349,30 +578,52 @@ class QCOW2(Image):
             return Plan()
         with self._drafting() as draft:
             self._own_tables(draft, {new.cluster // self._l2_entries for new in dirty})
-            hosts = [new.host_offset // self.cluster_size for new in dirty]
-            if not self._counts.reserved.issuperset(hosts):
-                raise ValueError("a cluster that was not reserved")
-            self._counts.use(draft, hosts)
+            if self._entries.data_file:
+                if any(new.host_offset != new.cluster * self.cluster_size for new in dirty):
+                    raise ValueError("a cluster that does not lie at its guest offset")
+            else:
+                hosts = [new.host_offset // self.cluster_size for new in dirty]
+                if not self._counts.reserved.issuperset(hosts):
+                    raise ValueError("a cluster that was not reserved")
+                self._counts.use(draft, hosts)
             for new in dirty:
-                self._set(draft, new.cluster, (new.host_offset | COPIED,))
-            return self._settle(draft)
+                self._set(draft, new.cluster, self._entries.mapped(new.host_offset))
+            plan = self._settle(draft)
+        # Counts need a barrier before the mapping anyway; a data file has none.
+        wait = self._entries.data_file and any(new.barrier for new in dirty)
+        return Plan(Barrier) + plan if wait else plan
 
     def discard(self, first: int, count: int) -> Plan:
-        target = ZERO if self.parent else 0
-        if target and self._header.version < 3:
+        hides = self.parent is not None
+        if hides and self._header.version < 3:
             raise Unsupported(self._file, "", "version 2 cannot hide a parent's data")
         last = min(first + count, self._clusters)
+        size = self.cluster_size
+        place = Punch(first * size, min(last * size, self.size) - first * size, 1)
+        if self._header.raw_data_file:
+            return Plan(place)  # all clusters stay mapped
         with self._drafting() as draft:
-            tables: Iterable[int] = range(
-                first // self._l2_entries, -(-last // self._l2_entries) if first < last else 0
-            )
-            if not target:
-                tables = [index for index in tables if self._l1[index] & OFFSET]
-            self._own_tables(draft, tables)
-            for index in tables:
-                low = max(first, index * self._l2_entries)
-                self._clear(draft, low, min(last, (index + 1) * self._l2_entries), target)
-            return self._settle(draft)
+            parts = [
+                (max(first, index * self._l2_entries), min(last, (index + 1) * self._l2_entries))
+                for index in range(
+                    first // self._l2_entries, -(-last // self._l2_entries) if first < last else 0
+                )
+            ]
+            parts = [part for part in parts if not self._is_empty(*part, hides)]
+            self._own_tables(draft, [low // self._l2_entries for low, _ in parts])
+            for low, high in parts:
+                self._clear(draft, low, high, self._entries.empty(hides))
+            plan = self._settle(draft)
+        return plan + Plan(place) if self._entries.data_file and len(plan) else plan
+
+    def _is_empty(self, first: int, last: int, hides: bool) -> bool:
+        """Whether clusters first … last-1, of one table, have to change to read as zeros."""
+        index, within = divmod(first, self._l2_entries)
+        table, entries = self._l1[index] & OFFSET, self._entries
+        if not table:
+            return not hides
+        old = self._file.pread(table + within * entries.width, (last - first) * entries.width)
+        return old == struct.pack(f">{entries.words}Q", *entries.empty(hides)) * (last - first)
 
     def end(self) -> Plan:
         if not self._begun or self._failed:
@@ -385,7 +636,9 @@ class QCOW2(Image):
         """Give each of these L1 entries an L2 table that nothing else uses."""
         l1, size = self._l1, self.cluster_size
         # An entry of 0 is not COPIED either.
-        wanted = sorted(i for i in indexes if not (l1[i] & COPIED and l1[i] & OFFSET))
+        wanted = sorted(
+            i for i in indexes if not (l1[i] & COPIED and l1[i] & OFFSET and self._alone(l1[i]))
+        )
         for i, cluster in zip(wanted, self._counts.allocate(draft, len(wanted)), strict=True):
             new, old = cluster * size, l1[i] & OFFSET
             draft.tables.add(new)
@@ -397,75 +650,56 @@ class QCOW2(Image):
             l1[i] = new | COPIED
             draft.roots.add(i // PER_SECTOR)
 
-    def _clear(self, draft: Draft, first: int, last: int, target: int) -> None:
+    def _alone(self, entry: int) -> bool:
+        """Whether what a COPIED entry names has one owner; without snapshots it is believed."""
+        if not self._header.snapshots:
+            return True
+        return self._counts.count((entry & OFFSET) // self.cluster_size) == 1
+
+    def _clear(self, draft: Draft, first: int, last: int, target: tuple[int, ...]) -> None:
         """Set the L2 entries of guest clusters first … last-1, of one table, to `target`."""
         index, within = divmod(first, self._l2_entries)
-        table = self._l1[index] & OFFSET
+        table, width = self._l1[index] & OFFSET, self._entries.width
+        packed = struct.pack(f">{len(target)}Q", *target)
         old = b""
         if table not in draft.tables:
             # Most of a large discard meets what is empty already: compare before taking apart.
-            old = self._file.pread(table + within * ENTRY, (last - first) * ENTRY)
+            old = self._file.pread(table + within * width, (last - first) * width)
         start = first
         while first < last:
-            count = min(last, _round_up(first + 1, PER_SECTOR)) - first
-            at = (first - start) * ENTRY
-            if old[at : at + count * ENTRY] != _ENTRY.pack(target) * count:
-                self._set(draft, first, (target,) * count)
+            count = min(last, _round_up(first + 1, SECTOR // width)) - first
+            at = (first - start) * width
+            if old[at : at + count * width] != packed * count:
+                self._set(draft, first, target * count)
             first += count
 
-    def _set(self, draft: Draft, first: int, entries: tuple[int, ...]) -> None:
+    def _set(self, draft: Draft, first: int, words: tuple[int, ...]) -> None:
         """Replace the L2 entries of guest clusters from `first` on, which lie in one sector."""
         index, within = divmod(first, self._l2_entries)
-        table = self._l1[index] & OFFSET
-        at = within * ENTRY % SECTOR
-        offset = table + within * ENTRY - at
+        table, entries = self._l1[index] & OFFSET, self._entries
+        at = within * entries.width % SECTOR
+        offset = table + within * entries.width - at
         fresh = table in draft.tables
         sectors = draft.fresh if fresh else draft.mapping
         sector = sectors.get(offset)
         if sector is None:
             sector = bytearray(SECTOR if fresh else self._file.pread(offset, SECTOR))
-        code = f">{len(entries)}Q"
+        code = f">{len(words)}Q"
         old = struct.unpack_from(code, sector, at)
-        if old == entries:
+        if old == words:
             return
-        struct.pack_into(code, sector, at, *entries)
+        struct.pack_into(code, sector, at, *words)
         sectors[offset] = sector
-        for entry in old:
+        for entry in old[:: entries.words]:
             if entry:
-                draft.freed += self._named(entry)
-
-    def _named(self, entry: int) -> Iterable[int]:
-        """The host clusters to which an L2 entry refers."""
-        size = self.cluster_size
-        if entry & COMPRESSED:
-            start, length = self._compressed(entry)
-            return range(start // size, (start + length - 1) // size + 1)
-        offset = entry & OFFSET
-        return (offset // size,) if offset and not offset % size else ()
+                draft.freed += entries.named(entry)
 
     def _settle(self, draft: Draft) -> Plan:
         for sector in draft.roots:
             entries = self._l1[sector * PER_SECTOR : (sector + 1) * PER_SECTOR]
-            offset = self._header.l1_offset + sector * SECTOR
+            offset = self._l1_place[0] + sector * SECTOR
             draft.mapping[offset] = bytearray(table_bytes(entries))
         return self._counts.settle(draft)
-
-
-def _layout(version: int, cluster_size: int) -> Layout:
-    # Version 2 has no zero flag: a set bit 0 is damage there.
-    flag = Kind.ZERO if version > 2 else Kind.INVALID
-    return Layout(
-        width=ENTRY,
-        byteorder="big",
-        mask=OFFSET,
-        rules=(
-            Rule(COMPRESSED, COMPRESSED, Kind.COMPRESSED),
-            Rule(ZERO, ZERO, flag),
-            Rule(OFFSET, 0, Kind.ABSENT),
-            Rule(COPIED, 0, Kind.SHARED),
-        ),
-        low=cluster_size,
-    )
 
 
 def _round_up(value: int, step: int) -> int:

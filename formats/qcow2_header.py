@@ -23,6 +23,7 @@ from construct import (
 )
 
 from virtmount.errors import Corrupt, NeedsRecovery, NotAnImage, Unsupported
+from virtmount.formats.qcow2_snapshots import MAX_EXTRA, MAX_SNAPSHOTS, Record, records
 from virtmount.hostfile import HostFile
 from virtmount.image import ParentRef
 
@@ -62,31 +63,29 @@ EXTENSION = struct.Struct(">II")  # type, length; data follows, padded to 8 byte
 END_OF_EXTENSIONS = 0
 BACKING_FORMAT = 0xE2792ACA
 FEATURE_NAMES = 0x6803F857
+DATA_FILE_NAME = 0x44415441
+BITMAPS = 0x23852875
 NAME_ENTRY = 48  # feature type, bit, 46 bytes of text
-
-# One snapshot: lengths of id and name at 12, of further fields at 36; those follow, then padding.
-SNAPSHOT = struct.Struct(">12xHH20xI")
-assert SNAPSHOT.size == 40
 
 # Incompatible feature bits.
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = range(5)
-FOREIGN_BITS = {DATA_FILE: "an external data file", EXTENDED_L2: "extended L2 entries"}
-KNOWN_BITS = (DIRTY, CORRUPT, COMPRESSION)
+KNOWN_BITS = (DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2)
 LAZY_REFCOUNTS = 1  # compatible bit 0
+# Autoclear feature bits.
+BITMAPS_VALID, DATA_FILE_RAW = 1, 2
 ENCRYPTION = {1: "AES encryption", 2: "LUKS encryption"}
 COMPRESSIONS = {0: "zlib", 1: "zstd"}
 
 MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21
+MIN_EXTENDED_BITS = 14  # a subcluster, 1/32 of the cluster, has 512 bytes then
 MAX_REFCOUNT_ORDER = 6
 MAX_L1 = 32 << 20  # bytes
 MAX_REFCOUNT_TABLE = 8 << 20  # bytes
 MAX_NAME = 1023
 MAX_FORMAT_NAME = 15
-MAX_SNAPSHOTS = 65536
-MAX_SNAPSHOT_EXTRA = 1024
-MAX_SNAPSHOT_TABLE = 64 << 20  # bytes
+MAX_SNAPSHOT_EXTRA = MAX_EXTRA
 
-REPAIR = "qemu-img check -r all"
+REPAIR = "virtmount check --repair"
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 
@@ -109,6 +108,18 @@ class Header:
     parent: ParentRef | None
     snapshots: int
     snapshot_table: tuple[int, int]  # offset, length
+    length: int  # where the extensions begin
+    extensions: dict[int, bytes]  # type -> data, in the order of the file
+    data_file: str | None  # the name of the file that guest data lies in, if not this one
+
+    @property
+    def extended(self) -> bool:
+        return bool(self.incompatible >> EXTENDED_L2 & 1)
+
+    @property
+    def raw_data_file(self) -> bool:
+        """Whether the data file is, by itself, a raw image of the disk."""
+        return self.data_file is not None and bool(self.autoclear & DATA_FILE_RAW)
 
     @property
     def dirty(self) -> bool:
@@ -157,7 +168,14 @@ def read_header(file: HostFile) -> Header:
             extra["compression"] = 0
     extensions = _extensions(file, fields, extra["header_length"], cluster)
     _refuse_features(file, fields, extra, extensions)
-    _check_tables(file, fields, extra["refcount_order"], cluster)
+    extended = bool(extra["incompatible"] >> EXTENDED_L2 & 1)
+    if extended and bits < MIN_EXTENDED_BITS:
+        raise Corrupt(
+            file,
+            "header+20",
+            f"{bits} cluster bits, extended L2 entries need {MIN_EXTENDED_BITS}",
+        )
+    _check_tables(file, fields, extra["refcount_order"], cluster, 16 if extended else 8)
     _check_state(file, fields, extra["incompatible"])
     return Header(
         version=fields.version,
@@ -175,6 +193,9 @@ def read_header(file: HostFile) -> Header:
         parent=_parent(file, fields, extensions, cluster),
         snapshots=fields.snapshots,
         snapshot_table=_snapshot_table(file, fields, cluster),
+        length=extra["header_length"],
+        extensions=extensions,
+        data_file=_data_file(file, fields, extra["incompatible"], extensions),
     )
 
 
@@ -216,7 +237,7 @@ def _refuse_features(
         raise Unsupported(file, "header+32", known)
     for bit in range(64):
         if extra["incompatible"] >> bit & 1 and bit not in KNOWN_BITS:
-            name = FOREIGN_BITS.get(bit) or _feature_name(extensions, bit)
+            name = _feature_name(extensions, bit)
             raise Unsupported(file, "header+72", f"incompatible feature bit {bit}: {name}")
     compression = extra["compression"]
     if bool(compression) != bool(extra["incompatible"] >> COMPRESSION & 1):
@@ -239,9 +260,24 @@ def _feature_name(extensions: dict[int, bytes], bit: int) -> str:
     return "unknown"
 
 
-def _check_tables(file: HostFile, fields: Any, order: int, cluster: int) -> None:
+def _data_file(
+    file: HostFile, fields: Any, incompatible: int, extensions: dict[int, bytes]
+) -> str | None:
+    if not incompatible >> DATA_FILE & 1:
+        return None
+    if fields.snapshots:
+        raise Corrupt(file, "header+60", "internal snapshots of an external data file")
+    name = extensions.get(DATA_FILE_NAME, b"")
+    if not name:
+        raise Corrupt(file, "header+72", "an external data file, without its name")
+    if len(name) > MAX_NAME:
+        raise Corrupt(file, "header extension", f"data file's name of {len(name)} bytes")
+    return os.fsdecode(name)
+
+
+def _check_tables(file: HostFile, fields: Any, order: int, cluster: int, entry_width: int) -> None:
     limit = -(-file.size // cluster) * cluster  # the last cluster may be cut short
-    needed = -(-fields.size // (cluster * (cluster // 8)))
+    needed = -(-fields.size // (cluster * (cluster // entry_width)))
     if fields.l1_size * 8 > MAX_L1:
         raise Corrupt(file, "header+36", f"L1 table of {fields.l1_size} entries, the most is 4 Mi")
     if fields.l1_size < needed:
@@ -301,13 +337,6 @@ def _check_state(file: HostFile, fields: Any, incompatible: int) -> None:
             "was not closed: its reference counts must be rebuilt before writing",
             hint=f"{REPAIR} {file}, or attach it with --read-only",
         )
-    if fields.snapshots:
-        raise Unsupported(
-            file,
-            "header+60",
-            f"writing to an image with internal snapshots ({fields.snapshots})",
-            hint="attach it with --read-only",
-        )
 
 
 def _parent(
@@ -338,9 +367,32 @@ def _parent(
     return ParentRef((name,), recorded.decode("ascii", "replace") or None)
 
 
+def check_l1(file: HostFile, record: Record, size: int, cluster: int, entry_width: int) -> None:
+    """The L1 table of a snapshot, of a disk of `size` bytes."""
+    needed = -(-size // (cluster * (cluster // entry_width)))
+    if record.l1_size * 8 > MAX_L1 or record.l1_size < needed:
+        raise Corrupt(
+            file,
+            f"byte {record.at + 8}",
+            f"snapshot's L1 table of {record.l1_size} entries, {size} bytes need {needed}, the "
+            "most is 4 Mi",
+        )
+    if record.l1_size:
+        limit = -(-file.size // cluster) * cluster
+        _check_table(
+            file,
+            f"byte {record.at}",
+            "snapshot's L1 table",
+            record.l1_offset,
+            record.l1_size * 8,
+            cluster,
+            limit,
+        )
+
+
 def _snapshot_table(file: HostFile, fields: Any, cluster: int) -> tuple[int, int]:
     """Where the table lies: its length follows only from its entries."""
-    offset = at = fields.snapshots_offset
+    offset = fields.snapshots_offset
     if not fields.snapshots:
         return 0, 0
     if fields.snapshots > MAX_SNAPSHOTS:
@@ -349,18 +401,7 @@ def _snapshot_table(file: HostFile, fields: Any, cluster: int) -> tuple[int, int
         )
     if offset % cluster or not offset:
         raise Corrupt(file, "header+64", f"snapshot table at {offset}, not at a cluster of its own")
-    for number in range(fields.snapshots):
-        if at >= file.size:
-            raise Corrupt(
-                file, f"byte {at}", f"snapshot {number} begins past the file's end at {file.size}"
-            )
-        lengths = SNAPSHOT.unpack(file.pread_padded(at, SNAPSHOT.size))
-        if lengths[2] > MAX_SNAPSHOT_EXTRA:
-            raise Corrupt(file, f"byte {at + 36}", f"snapshot {number}: {lengths[2]} extra bytes")
-        at += -(-(SNAPSHOT.size + sum(lengths)) // 8) * 8
-        if at - offset > MAX_SNAPSHOT_TABLE:
-            text = (
-                f"{number + 1} snapshots of {at - offset} bytes, the most is {MAX_SNAPSHOT_TABLE}"
-            )
-            raise Corrupt(file, "header+60", text)
-    return offset, at - offset
+    length = 0
+    for record in records(file, offset, fields.snapshots):
+        length += record.length
+    return offset, length

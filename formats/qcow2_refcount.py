@@ -188,6 +188,25 @@ class Refcounts:
         at = index * width // 8
         return int.from_bytes(page[at : at + width // 8], "big")
 
+    def all_alone(self, clusters: Iterable[int]) -> bool:
+        """Whether each of them has a count of 1.  No draft is open; the page just seen is kept."""
+        width, number, page = self._width, -1, None
+        for cluster in clusters:
+            own, index = divmod(cluster, self._per_page)
+            if own != number:
+                number, page = own, self._page(own)
+            if page is None:
+                return False
+            if width < 8:
+                byte, bit = divmod(index * width, 8)
+                if page[byte] >> bit & (1 << width) - 1 != 1:
+                    return False
+            else:
+                at = index * width // 8
+                if int.from_bytes(page[at : at + width // 8], "big") != 1:
+                    return False
+        return True
+
     def use(self, draft: Draft, clusters: Sequence[int]) -> None:
         """The clusters are in use from the draft on: their counts become 1."""
         missing = {

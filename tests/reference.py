@@ -167,7 +167,10 @@ class Reference:
         hides = any(extent.kind is not Kind.ZERO for _, extent in old)
         content = bytearray(b"".join(self._read_extent(layer, extent) for layer, extent in old))
         assert len(content) == size
-        host_offset, file, reused = self._take()
+        if self.top.identity_file is not None:
+            host_offset, file, reused = cluster * size, self.top.identity_file, False
+        else:
+            host_offset, file, reused = self._take()
         try:
             if hides:
                 content[within : within + len(data)] = data
@@ -176,7 +179,8 @@ class Reference:
                 # The rest of a pool cluster reads as zeros already.
                 self.top.files[file].pwrite(host_offset + within, data)
         except OSError:
-            self.top.release([Run(host_offset, 1, file)])
+            if self.top.identity_file is None:
+                self.top.release([Run(host_offset, 1, file)])
             raise
         self._dirty[cluster] = Place(host_offset, file, hides or reused)
 

@@ -40,6 +40,10 @@ def open_sibling(
         try:
             real = os.path.realpath(path, strict=True)
             refuse_outside(file, place, real, options)
+            for other in (file, *others):
+                # Said here, before its own lock is in the way.
+                if other.fd >= 0 and os.path.samestat(os.fstat(other.fd), os.stat(real)):
+                    raise Corrupt(file, place, f"{name!r} is {other} itself")
             sibling = HostFile(real, writable=file.writable, lock=file.locked)
         except OSError as error:
             if error.errno not in NO_SUCH_FILE:

@@ -12,7 +12,6 @@ from tests.corpus.mutations import (
     ANY,
     OPENS,
     PART,
-    Answer,
     Edit,
     Field,
     Mutation,
@@ -26,7 +25,6 @@ COPIED, COMPRESSED = 1 << 63, 1 << 62
 U32, U64 = 0xFFFFFFFF, (1 << 64) - 1
 CLUSTER = 512
 UNCOUNTED = "its reference count is 0"
-WITH_SNAPSHOTS = r"header\+60.*snapshots"
 OVERLAP = "two tables overlap"
 NO_TABLE = "a table, not a cluster"
 FIRST_TABLE, ALL = tuple(range(64)), tuple(range(192))
@@ -115,8 +113,8 @@ FIELDS = (
         r"header\+60",
         {
             0: OPENS,
-            1: (r"header\+64", WITH_SNAPSHOTS),
-            65536: (r"header\+64", WITH_SNAPSHOTS),
+            1: r"header\+64",
+            65536: r"header\+64",
             65537: r"header\+60",
         },
     ),
@@ -130,9 +128,9 @@ FIELDS = (
             0: OPENS,
             1: (OPENS, r"header\+72.*not closed"),
             2: (OPENS, r"header\+72.*corrupt"),
-            4: r"header\+72.*external data file",
+            4: r"header\+72.*an external data file, without its name",
             8: r"header\+104",
-            16: r"header\+72.*extended L2",
+            16: r"header\+20.*extended L2",
             32: r"header\+72.*bit 5",
         },
     ),
@@ -164,7 +162,6 @@ FIELDS = (
     ),
     Field("compression", 104, 1, r"header\+104", {0: OPENS, 2: r"header\+104"}),
 )
-REFUSED_TO_WRITE: Answer = (OPENS, WITH_SNAPSHOTS)
 SNAPSHOTS = (
     Field(
         "snapshots",
@@ -173,21 +170,24 @@ SNAPSHOTS = (
         r"header\+60",
         {
             0: OPENS,
-            1: REFUSED_TO_WRITE,
-            2: REFUSED_TO_WRITE,
-            3: ("byte 8848", WITH_SNAPSHOTS),
-            65536: ("byte 8848", WITH_SNAPSHOTS),
+            1: OPENS,
+            2: OPENS,
+            3: "byte 8848",
+            65536: "byte 8848",
         },
     ),
     Field(
         "snapshots_offset",
         64,
         8,
-        (r"header\+64", WITH_SNAPSHOTS),
-        # Counts read as snapshots.
-        dict.fromkeys((512, 1024, 8704), REFUSED_TO_WRITE)
+        r"header\+64",
+        {
+            512: (OPENS, OVERLAP),
+            1024: (OPENS, "byte 1024: snapshot's L1 table"),  # counts read as snapshots
+            8704: OPENS,
+        }
         | {
-            offset: (f"byte {offset}", WITH_SNAPSHOTS)
+            offset: f"byte {offset}"
             for offset in (9216, 1 << 31, 1 << 32, 1 << 62, 1 << 63, (1 << 64) - 512)
         },
     ),
@@ -292,14 +292,12 @@ def headers() -> Iterator[Mutation]:
             "qcow2-snapshots",
             put_at("snapshots", 36, struct.pack(">I", length)),
             "byte 8740.*extra" if length else "byte 8788.*extra",  # then the second one is amiss
-            WITH_SNAPSHOTS,
         )
     yield Mutation(
         "qcow2-snapshots: names of 64 KiB",
         "qcow2-snapshots",
         lambda base: [(base.at["snapshots"] + 12, b"\xff" * 4)],
         "byte",
-        WITH_SNAPSHOTS,
     )
 
 
@@ -371,8 +369,6 @@ def second_tables() -> Iterator[Mutation]:
         "qcow2: data in the snapshot table",
         "qcow2-snapshots",
         l2(5, "snapshots"),
-        OPENS,
-        r"header\+60",
         eio=(5,),
     )
     for name, value in (
@@ -754,7 +750,6 @@ def large() -> Iterator[Mutation]:
             *((64 * KIB + i * 131112 + 12, b"\xff\xff\xff\xff") for i in range(600)),
         ],
         r"header\+60: .* the most is 67108864",
-        WITH_SNAPSHOTS,
         size=64 * KIB + 65536 * 131112 + 4096,
     )
     yield Mutation(

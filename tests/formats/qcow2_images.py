@@ -6,7 +6,7 @@ import random
 import struct
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.reference import Reference
@@ -64,15 +64,14 @@ def opened(
     path: Path, *, writable: bool = False, parent: Path | None = None
 ) -> Iterator[Reference]:
     """The image through the driver and the reference engine, closed in order at the end."""
-    with HostFile(path, writable=writable) as file:
+    with HostFile(path, writable=writable) as file, ExitStack() as stack:
         images: list[Image] = [QCOW2(file)]
-        if not parent:
-            with Reference(images) as disk:
-                yield disk
-            return
-        with HostFile(parent) as below:
-            with Reference([*images, Raw(below)]) as disk:
-                yield disk
+        for other in images[0].files[1:]:
+            stack.enter_context(other)
+        if parent:
+            images.append(Raw(stack.enter_context(HostFile(parent))))
+        with Reference(images) as disk:
+            yield disk
 
 
 def content_of(path: Path, parent: Path | None = None) -> bytes:

@@ -437,17 +437,6 @@ def test_autoclear_bits_are_cleared_and_everything_else_in_the_header_is_kept(
     check(path)
 
 
-def test_bitmaps_are_inconsistent_after_a_write(tmp_path: Path) -> None:
-    path = create(tmp_path / "disk.qcow2", MIB)
-    run("qemu-img", "bitmap", "--add", path, "b0")
-    assert number(path, 88) == 1
-    with opened(path, writable=True) as disk:
-        disk.pwrite(0, b"x" * 512)
-    assert number(path, 88) == 0
-    assert "b0" not in run("qemu-img", "info", path)
-    assert content_of(path)[:512] == b"x" * 512
-
-
 def test_nothing_is_written_without_a_write(tmp_path: Path) -> None:
     path = create(tmp_path / "disk.qcow2", MIB)
     scatter(path, MIB, 64 * KIB)
