@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -26,6 +26,7 @@ class Layer:
     zeroed: bool = False  # some clusters are made zero clusters
     compressed: bool = False  # some clusters are written compressed
     writes: int = 14
+    snapshots: int = 0  # internal ones: made half-way, so that some clusters are shared
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def qcow2(
     return Layer("qcow2", size, cluster, (f"cluster_size={cluster}", *options), zeroed, compressed)
 
 
+def vmdk(
+    size: int, subformat: str = "monolithicSparse", *options: str, zeroed: bool = False
+) -> Layer:
+    return Layer("vmdk", size, 64 * KIB, (f"subformat={subformat}", *options), zeroed)
+
+
 def one(name: str, *layers: Layer, mapped: bool = True) -> Case:
     return Case(name, layers, mapped)
 
@@ -81,6 +88,17 @@ CASES = (
     one("vhdx-dynamic-1M", vhdx(7 * MIB + 512, MIB), mapped=False),
     one("vhdx-dynamic-8M", vhdx(19 * MIB, 8 * MIB), mapped=False),
     one("vhdx-fixed", vhdx(5 * MIB, MIB, "subformat=fixed"), mapped=False),
+    one("vmdk-sparse", vmdk(ODD)),
+    one("vmdk-zeroed", vmdk(ODD, "monolithicSparse", "zeroed_grain=on", zeroed=True)),
+    one("vmdk-flat", vmdk(ODD, "monolithicFlat")),
+    one("vmdk-split-sparse", vmdk(ODD, "twoGbMaxExtentSparse")),
+    one("vmdk-split-flat", vmdk(ODD, "twoGbMaxExtentFlat")),
+    one("vmdk-on-vmdk", vmdk(ODD), vmdk(ODD, "twoGbMaxExtentSparse")),
+    one(
+        "vmdk-zeroed-on-flat",
+        vmdk(ODD, "monolithicSparse", "zeroed_grain=on", zeroed=True),
+        vmdk(ODD, "monolithicFlat"),
+    ),
     one("qcow2-v2", qcow2(ODD, 64 * KIB, "compat=0.10")),
     one("qcow2-v3", qcow2(ODD, 64 * KIB, zeroed=True)),
     one("qcow2-512", qcow2(MIB // 2 + 512, 512, zeroed=True)),
@@ -93,6 +111,24 @@ CASES = (
     one("qcow2-compressed", qcow2(ODD, 64 * KIB, compressed=True, zeroed=True)),
     one("qcow2-compressed-512", qcow2(MIB // 2, 512, compressed=True)),
     one("qcow2-compressed-2M", qcow2(11 * MIB + 512, 2 * MIB, compressed=True)),
+    one("qcow2-extended", qcow2(ODD, 64 * KIB, "extended_l2=on", zeroed=True)),
+    one(
+        "qcow2-extended-on-raw",
+        qcow2(ODD, 16 * KIB, "extended_l2=on", zeroed=True, compressed=True),
+        raw(ODD),
+    ),
+    one("qcow2-data-file", qcow2(ODD, 64 * KIB, "data_file=data", zeroed=True)),
+    one("qcow2-data-file-raw", qcow2(ODD, 64 * KIB, "data_file=data,data_file_raw=on")),
+    one(
+        "qcow2-extended-data-file-on-raw",
+        qcow2(ODD, 64 * KIB, "extended_l2=on,data_file=data", zeroed=True),
+        raw(ODD),
+    ),
+    one(
+        "qcow2-snapshots",
+        replace(qcow2(ODD, 64 * KIB, zeroed=True, compressed=True), snapshots=2),
+    ),
+    one("qcow2-zstd", qcow2(ODD, 64 * KIB, "compression_type=zstd", compressed=True)),
     one("qcow2-on-raw", qcow2(ODD, 64 * KIB, zeroed=True), raw(ODD)),
     one("qcow2-v2-on-raw", qcow2(ODD, 64 * KIB, "compat=0.10", zeroed=True), raw(ODD)),
     one("qcow2-on-vdi", qcow2(7 * MIB, 64 * KIB, zeroed=True), vdi(7 * MIB)),
@@ -129,8 +165,13 @@ WIDE = (
 
 
 def run(*command: str | Path) -> str:
-    """Output of a program that must succeed."""
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    """Output of a program that must succeed.
+
+    It stands in the folder of its last file: from there qemu takes the name of a data file.
+    """
+    folder = next((word.parent for word in reversed(command) if isinstance(word, Path)), None)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+    return done.stdout
 
 
 def build(case: Case, folder: Path) -> Path:
@@ -179,6 +220,11 @@ def fill(path: Path, layer: Layer, random_: random.Random) -> None:
             pattern.write_bytes(random_.randbytes(length))
             commands.append(f"write -q -s {pattern} {offset} {length}")
         touched.update(range(whole, offset + length, cluster))
+    for number in range(layer.snapshots):
+        half = commands[: len(commands) // 2]
+        commands = commands[len(half) :]
+        run("qemu-io", "-f", layer.format, *(f"-c{command}" for command in half), path)
+        run("qemu-img", "snapshot", "-c", f"s{number}", path)
     arguments = [word for command in commands for word in ("-c", command)]
     run("qemu-io", "-f", layer.format, *arguments, path)
 
