@@ -17,6 +17,7 @@ TABLE = {
     "vhdx": "virtmount.formats.vhdx:VHDX",
     "vhd": "virtmount.formats.vhd:VHD",
     "vdi": "virtmount.formats.vdi:VDI",
+    "vmdk": "virtmount.formats.vmdk:VMDK",
     "raw": "virtmount.formats.raw:Raw",
 }
 ALIASES = {"img": "raw", "vpc": "vhd"}
@@ -25,10 +26,6 @@ RAW_NAMES = (".img", ".raw", ".dd", ".bin", ".iso")
 # Known by name only, so that they are refused by name and never served as raw.
 # (offset, from the end where negative; magic; name)
 FOREIGN = (
-    (0, b"KDMV", "VMDK"),
-    (0, b"COWD", "VMDK (vmfsSparse)"),
-    (0, (0xCAFEBABE).to_bytes(8, "little"), "VMDK (seSparse)"),
-    (0, b"# Disk DescriptorFile", "VMDK (descriptor)"),
     (0, b"QFI\xfb\x00\x00\x00\x01", "QCOW (version 1)"),
     (0, b"QED\0", "QED"),
     (0, b"WithoutFreeSpace", "Parallels"),

@@ -267,7 +267,7 @@ def formats_of_parents() -> Iterator[Mutation]:
     )
     yield named("called qcow2, is raw", PARENT.encode(), r"header\+0", format=b"qcow2")
     yield named("called vhdx, is raw", PARENT.encode(), "byte 0: signature", format=b"vhdx")
-    yield named("called vmdk", PARENT.encode(), "parent format: 'vmdk'", format=b"vmdk")
+    yield named("called vmdk", PARENT.encode(), "neither a VMDK extent", format=b"vmdk")
     yield named("called nbd", PARENT.encode(), "parent format: 'nbd'", format=b"nbd")
     yield named(
         "called nothing on earth", PARENT.encode(), "parent format", format=b"\xff\x1b\0\r\n"
@@ -326,9 +326,9 @@ def no_images() -> Iterator[Mutation]:
     yield file("8 TiB", b"", OPENS, 1 << 43)
     yield file("QCOW2 and VDI", two.ljust(4096, b"\0"), "looks like qcow2 and vdi")
     yield file("VHDX and VDI", b"vhdxfile" + two[8:].ljust(4096, b"\0"), "looks like vhdx and vdi")
-    yield file("VMDK and VDI", b"KDMV" + two[4:].ljust(4096, b"\0"), "looks like vdi and VMDK")
+    yield file("VMDK and VDI", b"KDMV" + two[4:].ljust(4096, b"\0"), "looks like vdi and vmdk")
     yield file("QCOW version 1", b"QFI\xfb\0\0\0\1".ljust(4096, b"\0"), "QCOW")
-    yield file("VMDK", b"KDMV".ljust(4096, b"\0"), "VMDK images are not supported")
+    yield file("VMDK", b"KDMV".ljust(4096, b"\0"), r"header\+4: version 0")
     yield file("VHD at the end", bytes(4096) + b"conectix".ljust(512, b"\0"), "VHD")
     yield file("gzip", b"\x1f\x8b\x08".ljust(4096, b"\0"), "gzip")
     yield file("QCOW2 of 8 bytes", b"QFI\xfb\0\0\0\3", r"header\+20")
