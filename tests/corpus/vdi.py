@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from tests.corpus.bases import KIB, MIB, Base
+from tests.corpus.bases import KIB, MIB, Base, Maker
 from tests.corpus.mutations import (
     ANY,
     OPENS,
@@ -17,6 +19,7 @@ from tests.corpus.mutations import (
     grid,
     nothing,
 )
+from tests.formats import make_vdi
 
 DISCARDED, NEVER = 0xFFFFFFFE, 0xFFFFFFFF
 U32 = 0xFFFFFFFF
@@ -177,6 +180,40 @@ def with_map(entries: bytes, block_size: int, **changes: int) -> Edit:
     return lambda base: [*header(**fields), (MIB, entries)]
 
 
+BASE = "base.vdi"
+
+
+def below(path: Path) -> None:
+    """The parent of make_child()."""
+    make_vdi.make_base(path.parent / BASE)
+
+
+def _child(path: Path) -> bytes:
+    make_vdi.make_child(path)
+    return b"\1" * 2 * MIB + bytes(2 * MIB)
+
+
+def _old(path: Path) -> bytes:
+    make_vdi.make_old(path, [2, NEVER, 0, DISCARDED, 1])
+    return b"".join(bytes([value]) * MIB for value in (3, 0, 1, 0, 2))
+
+
+def _locate(base: Base) -> None:
+    base.at = {"map": base.number(340, 4), "data": base.number(344, 4)}
+    base.metadata = [(0, 512), (base.at["map"], base.number(384, 4) * 4)]
+
+
+def _locate_old(base: Base) -> None:
+    base.at = {"map": 420, "data": 420 + base.number(364, 4) * 4}
+    base.metadata = [(0, base.at["data"])]
+
+
+MAKERS = {
+    "vdi-child": Maker("vdi", _child, MIB, _locate, file_name="image.vdi", beside=below),
+    "vdi-old": Maker("vdi", _old, MIB, _locate_old),
+}
+
+
 def mutations() -> Iterator[Mutation]:
     for field, value, read, write in grid(FIELDS):
         place = (field.name, value)
@@ -197,6 +234,8 @@ def mutations() -> Iterator[Mutation]:
     yield from maps()
     yield from files()
     yield from large()
+    yield from children()
+    yield from old_headers()
 
 
 def maps() -> Iterator[Mutation]:
@@ -339,4 +378,149 @@ def large() -> Iterator[Mutation]:
         "vdi",
         lambda base: header(disk_size=1 << 54),
         r"header\+384",
+    )
+
+
+def children() -> Iterator[Mutation]:
+    """What a differencing image may say of its parent, and what may lie around it."""
+
+    def child(
+        name: str,
+        edit: Edit,
+        read: str = OPENS,
+        *,
+        write: str | None = None,
+        guest: bool = True,
+        eio: tuple[int, ...] = (),
+        beside: Callable[[Path], None] = below,
+    ) -> Mutation:
+        return Mutation(
+            f"vdi child: {name}", "vdi-child", edit, read, write, eio, guest, beside=beside
+        )
+
+    yield child("undo", put(76, 3))
+    yield child("dynamic", put(76, 1), r"header\+424: linkage_uuid names a parent")
+    yield child("fixed", put(76, 2), r"header\+424: linkage_uuid names a parent")
+    yield child("no parent named", put(424, 0, 16), r"header\+424: no parent is named")
+    yield child("another parent", put(424, 9, 16), "parent: .*not found")
+    yield child("its own parent", put(392, 1, 16), "parent: .*not found", beside=lambda path: None)
+    yield child("nobody there", nothing, "parent: .*not found", beside=lambda path: None)
+    yield child("parent written since", put(440, 9, 16), "was written since")
+    yield child("no state of the parent", put(440, 0, 16))
+    yield child(
+        "map of discarded",
+        lambda base: [(512, struct.pack("<I", DISCARDED) * 4)],
+        guest=False,
+    )
+    yield child("map[1]=4", lambda base: [(516, struct.pack("<I", 4))], "block 4, know 0 to 3")
+
+    def edited(offset: int, data: bytes, size: int | None = None) -> Callable[[Path], None]:
+        def act(path: Path) -> None:
+            below(path)
+            with (path.parent / BASE).open("r+b") as file:
+                file.seek(offset)
+                file.write(data)
+                if size is not None:
+                    file.truncate(size)
+
+        return act
+
+    def cycle(path: Path) -> None:
+        make_vdi.make_child(path.parent / BASE, number=1)
+        make_vdi.name(path.parent / BASE, linkage=2, parent_modification=102)
+
+    def link_outside(path: Path) -> None:
+        make_vdi.make_base(path.parent.parent / f"outside-{path.parent.name}.img")
+        os.symlink(f"../outside-{path.parent.name}.img", path.parent / BASE)
+
+    def strange(path: Path) -> None:
+        os.mkfifo(path.parent / "a.vdi")
+        os.symlink("/dev/zero", path.parent / "b.vdi")
+        os.symlink("c.vdi", path.parent / "c.vdi")
+        os.mkdir(path.parent / "d.vdi")
+        (path.parent / "e.vdi").write_bytes(b"")
+        below(path)
+
+    def many(path: Path) -> None:
+        for number in range(5000):
+            (path.parent / f"{number:04}.vdi").touch()
+        below(path)
+
+    def deep(path: Path) -> None:
+        """Every one over the next, where the state of the parent may be any."""
+        for number in range(72):
+            own = path.parent / f"{number}.vdi"
+            make_vdi.make_child(own, [NEVER] * 4)
+            make_vdi.name(own, uuid=1000 + number, linkage=1001 + number, parent_modification=0)
+        make_vdi.name(path.parent / "0.vdi", uuid=1, modification=101)
+
+    yield child("strange things beside", nothing, beside=strange)
+    yield child("5000 images beside", nothing, "parent: .*not found", beside=many)
+    yield child("a chain of 72", nothing, "more than 64 images", beside=deep)
+    yield child("parents of each other", nothing, "the chain comes back to", beside=cycle)
+    yield child("a parent with two owners", nothing, "owner", beside=edited(512, bytes(8)))
+    yield child("a parent cut short", nothing, eio=(0,), beside=edited(0, b"<", size=1024))
+    yield child("a parent of 16 EiB", nothing, r"header\+384", beside=edited(368, b"\xff" * 8))
+    yield child("a smaller parent", nothing, beside=edited(368, struct.pack("<Q", MIB)))
+    yield child(
+        "a parent with small blocks", nothing, r"header\+384", beside=edited(376, b"\0\2\0")
+    )
+
+
+def old_headers() -> Iterator[Mutation]:
+    fields = (
+        Field(
+            "type", 72, 4, r"header\+72", {1: OPENS, 2: OPENS, 3: r"header\+404", 4: r"header\+404"}
+        ),
+        Field(
+            "disk_size",
+            352,
+            8,
+            r"header\+364",
+            {0: r"header\+352", 1: OPENS, 5 * MIB: OPENS},
+        ),
+        Field(
+            "block_size",
+            360,
+            4,
+            r"header\+360",
+            {MIB: OPENS, 2 * MIB: OPENS, 16 * MIB: OPENS, 32 * MIB: r"header\+360"},
+        ),
+        Field("blocks", 364, 4, r"header\+364", {5: OPENS, 6: "owner|know 0"}),
+        Field("blocks_allocated", 368, 4, OPENS, {}),
+        Field("linkage_uuid", 404, 8, r"header\+404", {0: OPENS}),
+    )
+    for field, value, read, _ in grid(fields):
+        yield Mutation(
+            f"vdi 0.2: {field.name}={value:#x}",
+            "vdi-old",
+            put(field.offset, value, field.width),
+            read,
+            read if "header" in read else "version 0.2 is only read",
+            guest=field.name != "block_size" and value != 1,
+        )
+    for size, read, eio in (
+        (419, r"byte 0: 420 bytes wanted", ()),
+        (420, r"header\+364: map ends", ()),
+        (440, OPENS, (0, 2, 4)),
+        (440 + MIB, OPENS, (0, 4)),
+        (440 + 2 * MIB + 1, OPENS, ()),
+    ):
+        yield Mutation(
+            f"vdi 0.2: cut at {size}",
+            "vdi-old",
+            nothing,
+            read,
+            read or "version 0.2 is only read",
+            eio,
+            guest=size != 440 + 2 * MIB + 1,
+            size=size,
+        )
+    yield Mutation("vdi 0.2: written", "vdi-old", nothing, OPENS, "version 0.2 is only read")
+    yield Mutation(
+        "vdi 0.2: map[0]=5",
+        "vdi-old",
+        lambda base: [(420, struct.pack("<I", 5))],
+        "map entry 0 at 420: block 5, know 0 to 4",
+        "version 0.2 is only read",
     )

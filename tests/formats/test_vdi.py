@@ -14,77 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.formats.make_vdi import FIELDS, FREE, MIB, make
 from tests.reference import Reference
 from virtmount import hostfile
 from virtmount.errors import Corrupt, NotAnImage, Unsupported, VirtmountError
 from virtmount.formats.vdi import COUNT_AT, VDI
-from virtmount.formats.vdi_map import DISCARDED, NEVER_WRITTEN, runs
+from virtmount.formats.vdi_map import DISCARDED, runs
 from virtmount.hostfile import HostFile
 from virtmount.image import Dirty, Kind, Match, extents
 from virtmount.plan import Barrier, Extend, Plan, Punch, Write
-
-MIB = 1 << 20
-FIELDS = {  # name: (offset, struct code)
-    "signature": (64, "I"),
-    "version": (68, "I"),
-    "header_size": (72, "I"),
-    "type": (76, "I"),
-    "map_offset": (340, "I"),
-    "data_offset": (344, "I"),
-    "disk_size": (368, "Q"),
-    "block_size": (376, "I"),
-    "block_extra": (380, "I"),
-    "blocks": (384, "I"),
-    "blocks_allocated": (388, "I"),
-    "linkage_uuid": (424, "Q"),
-    "parent_modification_uuid": (440, "Q"),
-}
-
-
-def make(
-    path: Path,
-    blocks: list[int],
-    *,
-    block_size: int = MIB,
-    map_offset: int = 512,
-    data_offset: int = 1024,
-    kind: int = 1,
-    count: int | None = None,
-    tail: int = 0,
-    **fields: int,
-) -> None:
-    """A VDI whose file block b is filled with the byte b + 1; `tail` more blocks of 0xEE follow."""
-    present = [block for block in blocks if block < DISCARDED]
-    used = max(present, default=-1) + 1
-    header = bytearray(512)
-    header[:64] = b"<<< test >>>\n".ljust(64, b"\0")
-    values = {
-        "signature": 0xBEDA107F,
-        "version": 0x00010001,
-        "header_size": 400,
-        "type": kind,
-        "map_offset": map_offset,
-        "data_offset": data_offset,
-        "disk_size": len(blocks) * block_size,
-        "block_size": block_size,
-        "blocks": len(blocks),
-        "blocks_allocated": used if count is None else count,
-        **fields,
-    }
-    header[360:364] = header[468:472] = (512).to_bytes(4, "little")
-    header[392:408] = uuid.UUID(int=1).bytes_le
-    header[408:424] = uuid.UUID(int=2).bytes_le
-    for name, value in values.items():
-        offset, code = FIELDS[name]
-        struct.pack_into("<" + code, header, offset, value)
-    with path.open("wb") as file:
-        file.write(header)
-        file.seek(map_offset)
-        file.write(struct.pack(f"<{len(blocks)}I", *blocks))
-        file.seek(data_offset)
-        for block in range(used):
-            file.write(bytes([block + 1]) * block_size)
-        file.write(b"\xee" * block_size * tail)
 
 
 def field(path: Path, name: str) -> int:
@@ -101,9 +39,6 @@ def the_map(path: Path) -> list[int]:
 
 def check_is_clean(path: Path) -> None:
     subprocess.run(["qemu-img", "check", "-q", "-f", "vdi", path], check=True)
-
-
-FREE = NEVER_WRITTEN
 
 
 def test_probe() -> None:

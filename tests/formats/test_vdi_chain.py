@@ -8,12 +8,12 @@ import os
 import random
 import shutil
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.formats.test_vdi import FREE, MIB, field, make, the_map
+from tests.formats.make_vdi import FREE, MIB, make, make_base, make_child, name
+from tests.formats.test_vdi import field, the_map
 from tests.reference import Reference
 from virtmount import hostfile
 from virtmount.chain import open_chain
@@ -27,35 +27,10 @@ from virtmount.image import DEFAULTS, Image, Kind, Options, extents
 from virtmount.upkeep import New
 
 CORPUS = Path(__file__).parents[1] / "corpus" / "images"
-UUIDS = {"uuid": 392, "modification": 408, "linkage": 424, "parent_modification": 440}
 
 
-def name(path: Path, **uuids: uuid.UUID | int) -> None:
-    """Give an image UUIDs."""
-    with path.open("r+b") as file:
-        for field_name, value in uuids.items():
-            file.seek(UUIDS[field_name])
-            file.write((uuid.UUID(int=value) if isinstance(value, int) else value).bytes_le)
-
-
-def make_base(path: Path, blocks: Sequence[int] = (0, 1, FREE, 2), number: int = 1) -> None:
-    path.parent.mkdir(exist_ok=True)
-    make(path, list(blocks))
-    name(path, uuid=number, modification=number + 100)
-
-
-def make_child(
-    path: Path, blocks: Sequence[int] = (FREE, 0, FREE, DISCARDED), number: int = 2, kind: int = 4
-) -> None:
-    """Over the image `number` - 1."""
-    path.parent.mkdir(exist_ok=True)
-    make(path, list(blocks), kind=kind)
-    name(path, uuid=number, modification=number + 100)
-    name(path, linkage=number - 1, parent_modification=number + 99)
-
-
-def read_chain(path: Path, options: Options = DEFAULTS, **more: bool) -> bytes:
-    chain = open_chain(path, options=options, **more)
+def read_chain(path: Path, options: Options = DEFAULTS, *, force: bool = False) -> bytes:
+    chain = open_chain(path, options=options, force=force)
     try:
         return Reference(chain.images).pread(0, chain.top.size)
     finally:

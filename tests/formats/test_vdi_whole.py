@@ -14,7 +14,8 @@ import pytest
 
 from tests.crash.checkers import check_vdi
 from tests.crash.simulate import Log, SimulatedFile, Store
-from tests.formats.test_vdi import FIELDS, FREE, MIB, check_is_clean, field, make, the_map
+from tests.formats.make_vdi import FIELDS, FREE, MIB, make, make_extra, make_old
+from tests.formats.test_vdi import check_is_clean, field, the_map
 from tests.reference import Reference
 from virtmount import hostfile
 from virtmount.errors import Corrupt, NotAnImage, Unsupported
@@ -29,7 +30,7 @@ from virtmount.upkeep import Finding, New, Repair, Severity
 KIB = 1 << 10
 
 
-def create(path: Path, size: int, *, sector_size: int = 512, **options: str) -> None:
+def create(path: Path, size: int, sector_size: int = 512, **options: str) -> None:
     path.touch()
     with HostFile(path, writable=True) as file:
         new = New([file], str(path), size, options, lambda name: 0, sector_size)
@@ -94,8 +95,11 @@ def test_qemu_reads_and_writes_a_new_image(tmp_path: Path) -> None:
     create(path, 300 * MIB)
     info = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", path]))
     assert (info["format"], info["virtual-size"]) == ("vdi", 300 * MIB)
-    command = ["qemu-io", "-f", "vdi", "-c", f"write -P 7 {299 * MIB} 512", path]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(
+        ["qemu-io", "-f", "vdi", "-c", f"write -P 7 {299 * MIB} 512", path],
+        check=True,
+        capture_output=True,
+    )
     with HostFile(path) as file:
         assert Reference([VDI(file)]).pread(299 * MIB, 513) == b"\7" * 512 + b"\0"
 
@@ -144,7 +148,7 @@ def test_what_cannot_be_made(
     tmp_path: Path, options: dict[str, str], size: int, complaint: str
 ) -> None:
     with pytest.raises(Unsupported, match=complaint):
-        create(tmp_path / "a.vdi", size, **options)
+        create(tmp_path / "a.vdi", size, 512, **options)
     assert (tmp_path / "a.vdi").stat().st_size == 0
 
 
@@ -162,21 +166,6 @@ def test_the_largest_image_takes_little_memory_to_make(tmp_path: Path) -> None:
 
 
 # Headers and blocks that VirtualBox knows and qemu does not
-
-
-def make_old(path: Path, blocks: list[int], *, kind: int = 1, version: int = 2) -> None:
-    """An image with a header of version 0.2: the data begins right behind the map."""
-    header = bytearray(420)
-    header[:39] = b"<<< innotek VirtualBox Disk Image >>>\n\0"
-    struct.pack_into("<IIII", header, 64, 0xBEDA107F, version, kind, 0)
-    header[80:85] = b"of 06"
-    used = max((block for block in blocks if block < DISCARDED), default=-1) + 1
-    struct.pack_into("<IQIII", header, 348, 512, len(blocks) * MIB, MIB, len(blocks), used)
-    header[372:388], header[388:404] = uuid.UUID(int=1).bytes_le, uuid.UUID(int=2).bytes_le
-    with path.open("wb") as file:
-        file.write(header + struct.pack(f"<{len(blocks)}I", *blocks))
-        for block in range(used):
-            file.write(bytes([block + 1]) * MIB)
 
 
 def test_a_header_before_1_1_is_read(tmp_path: Path) -> None:
@@ -239,16 +228,6 @@ def test_an_old_block_past_the_end_is_an_error(tmp_path: Path) -> None:
         assert image.inflate(1) == b"\1" * MIB
         with pytest.raises(Corrupt, match="map entry 0 at 420: block 1 lies past the end"):
             image.inflate(0)
-
-
-def make_extra(path: Path, blocks: list[int], extra: int, block_size: int = MIB) -> None:
-    make(path, blocks, block_extra=extra, block_size=block_size)
-    used = max((block for block in blocks if block < DISCARDED), default=-1) + 1
-    with path.open("r+b") as file:
-        file.truncate(1024)
-        file.seek(1024)
-        for block in range(used):
-            file.write(b"\xee" * extra + bytes([block + 1]) * block_size)
 
 
 @pytest.mark.parametrize("extra", [1, 511, 512, 4096])
