@@ -24,7 +24,7 @@ KNOWN = mutations.all_by_name()
 ENOUGH = 40
 
 
-@pytest.mark.parametrize("format", bases.modules())
+@pytest.mark.parametrize("format", bases.FORMATS)
 def test_every_driver_has_enough(format: str) -> None:
     names = [name for name, m in KNOWN.items() if bases.makers()[m.base].format == format]
     assert len(names) >= ENOUGH
