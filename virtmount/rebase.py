@@ -94,7 +94,7 @@ def _try(
 ) -> str:
     """Refuse before anything is copied; the child's format."""
     told = dataclasses.replace(options, changing_parent=True)
-    image = Opener(path, options=told).open_top(format, writable=False)
+    image = Opener(path, options=told).open_top(format, writable=True)
     try:
         if image.snapshots():
             text = "its snapshots would show the other parent's data"
