@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.crash import vmdks
 from tests.crash.checkers import (
     VHDX_METADATA,
     VHDX_SECTOR_SIZE,
@@ -15,6 +16,7 @@ from tests.crash.checkers import (
     check_qcow2,
     check_vdi,
     check_vhdx,
+    check_vmdk,
     vhdx_regions,
 )
 from tests.crash.simulate import SimulatedFile, Store
@@ -124,6 +126,31 @@ CASES = (
         mix=_SPARSE,
         change=lambda store: store.write(0x17C, (512).to_bytes(4, "little")),
     ),
+    Case("vmdk", "vmdk", 8 * MIB, 64 * KIB),
+    Case("vmdk-zeroed", "vmdk", 4 * MIB, 64 * KIB, ("zeroed_grain=on",)),
+    Case(
+        "vmdk-parent", "vmdk", 4 * MIB, 64 * KIB, parent=True, foreign=False, change=vmdks.child
+    ),
+    Case(
+        "vmdk-zeroed-parent",
+        "vmdk",
+        4 * MIB,
+        64 * KIB,
+        ("zeroed_grain=on",),
+        parent=True,
+        foreign=False,
+        change=vmdks.child,
+    ),
+    # qemu would write over the header.
+    Case(
+        "vmdk-no-tables",
+        "vmdk",
+        4 * MIB,
+        4 * KIB,
+        foreign=False,
+        mix=_SMALL,
+        change=vmdks.without_tables,
+    ),
     Case("vhdx", "vhdx", 24 * MIB, MIB, ("block_size=1M",), mix=_SPARSE),
     Case(
         "vhdx-4096",
@@ -161,7 +188,7 @@ class Made:
             return Findings()
         if self.case.format == "vhdx":
             return check_vhdx(store, before.size)
-        return {"qcow2": check_qcow2, "vdi": check_vdi}[self.case.format](store)
+        return {"qcow2": check_qcow2, "vdi": check_vdi, "vmdk": check_vmdk}[self.case.format](store)
 
     def images(self, file: SimulatedFile) -> Sequence[Image]:
         images: list[Image] = [open_image(self.case.format, file)]
@@ -169,6 +196,10 @@ class Made:
             parent = SimulatedFile(self.parent, name="parent.raw", writable=False)
             images.append(open_image("raw", parent))
         return images
+
+    def settled(self, store: Store) -> Store:
+        """What another program has to be given for it to read what we read."""
+        return vmdks.settled(store) if self.case.format == "vmdk" else store
 
     def save(self, store: Store, folder: Path) -> Path:
         """Write the child, and its parent beside it, for another program to read."""

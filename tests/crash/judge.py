@@ -178,6 +178,7 @@ class Judge:
         """I5 and I6 by qemu: its check, its reading, its writing on.  Three processes a state."""
         made, case = self.made, self.made.case
         content = self.read(store, "reading what the cut left")
+        store = made.settled(store)
         path = made.save(store, self.folder)
         copy = self.folder / f"copy.{case.format}"
         store.save(copy)
