@@ -50,7 +50,7 @@ class Geometry:
 
     @property
     def metadata_end(self) -> int:
-        return max(span.offset + span.length for span in self.spans)
+        return sector_up(max(span.offset + span.length for span in self.spans))
 
     @property
     def full(self) -> bytes:
@@ -171,6 +171,7 @@ class Scan:
 
 def _places(low: int, high: int, geometry: Geometry) -> Iterator[int]:
     """Blocks with aligned data in low … high; else one that is not, if there is room."""
+    low = sector_up(low)  # a parent's path ends anywhere
     start = aligned(low, geometry)
     if start + geometry.stride > high >= low + geometry.stride:
         yield low
@@ -178,6 +179,10 @@ def _places(low: int, high: int, geometry: Geometry) -> Iterator[int]:
     while start + geometry.stride <= high:
         yield start
         start = aligned(start + geometry.stride, geometry)
+
+
+def sector_up(offset: int) -> int:
+    return -(-offset // SECTOR) * SECTOR
 
 
 def aligned(low: int, geometry: Geometry) -> int:

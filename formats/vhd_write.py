@@ -5,11 +5,14 @@ syncs three times a block, VirtualBox writes everything in parallel.
 
 1. At every instant the footer at the beginning is whole, and so is one at the end of the file: a
    new one is durable at the new end before a block goes over the old one.
-2. A new block's bitmap is full and its data zeros before the table names it, and durable before
-   where it hides a parent's data or its place was used before.
+2. A new block's bitmap is full, durably, before the table names it: qemu does not look at bitmaps,
+   others do.  Its data is durable before where it hides a parent's or its place was used before.
 3. A block that was replaced or discarded is emptied and used again only once the table that does
    not name it any more is durable.
 4. New blocks' data is aligned to 4 KiB, except in the place of an older block that is not.
+   (qemu takes what lies behind the last block for zeros, without looking.  After a crash that may
+   be data of blocks which the table does not name yet, up to the footer: a session of ours, or
+   `check --repair`, cuts it off, and should come before qemu writes to such an image again.)
 5. At end() the file ends with its last block and the footer.  Free places in the middle are holes
    in the file; the next session finds them by the table and uses them first.
 """
@@ -105,7 +108,8 @@ class Writer:
                 steps = self.footer_at(max(taken) + self.geometry.stride)
                 if places is not self._clean:
                     steps += (Punch(start, self.geometry.stride) for start in taken)
-                return self._reservation(taken, steps, reused=True)
+                steps += (Write(start, self.geometry.full) for start in taken)
+                return Reservation(self._runs(taken), Plan(*steps), reused=True)
         return self._grow(count)
 
     def _grow(self, count: int) -> Reservation:
@@ -122,23 +126,20 @@ class Writer:
         if not starts:
             code = errno.ENOSPC if self._file.is_device else errno.EFBIG
             raise OSError(code, os.strerror(code), str(self._file))
-        steps = self.footer_at(end)
         # The old footer, and what a crash may have left behind it.
         old = min(end, size)
-        if old > low:
-            garbage = old - low
+        garbage = max(0, old - low)
+        steps = self.footer_at(end)
+        if garbage:
             emptied = Write(low, bytes(garbage)) if garbage <= ALIGN else Punch(low, garbage)
             steps.append(emptied)
+        steps += (Write(start, geometry.full) for start in starts)
         self.free_from = end
-        return self._reservation(starts, steps, reused=old > starts[0] + geometry.bitmap)
+        reused = old > starts[0] + geometry.bitmap
+        return Reservation(self._runs(starts), Plan(*steps, Barrier), reused)
 
-    def _reservation(
-        self, starts: Sequence[int], steps: Sequence[Step], *, reused: bool
-    ) -> Reservation:
-        full = self.geometry.full
-        runs = tuple(Run(start + self.geometry.bitmap, 1) for start in starts)
-        writes = (Write(start, full) for start in starts)
-        return Reservation(runs, Plan(*steps, *writes), reused)
+    def _runs(self, starts: Sequence[int]) -> tuple[Run, ...]:
+        return tuple(Run(start + self.geometry.bitmap, 1) for start in starts)
 
     def release(self, runs: Sequence[Run]) -> None:
         for run in runs:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.crash import vmdks
+from tests.crash import vhds, vmdks
 from tests.crash.checkers import (
     VHDX_METADATA,
     VHDX_SECTOR_SIZE,
     Findings,
     check_qcow2,
     check_vdi,
+    check_vhd,
     check_vhdx,
     check_vmdk,
     vhdx_regions,
@@ -53,8 +54,16 @@ class Case:
     mix: Mix = field(default_factory=Mix)
     change: Callable[[Store], None] | None = None  # of the image, for what qemu-img cannot make
 
+    # Makes the image instead of qemu-img, from what the disk is to hold, and may write on that.
+    build: Callable[[bytearray], bytes] | None = None
+
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def checked(self) -> bool:
+        """Whether qemu-img checks such images."""
+        return self.foreign and self.format != "vpc"
 
 
 def make_vdi_child(store: Store) -> None:
@@ -126,11 +135,13 @@ CASES = (
         mix=_SPARSE,
         change=lambda store: store.write(0x17C, (512).to_bytes(4, "little")),
     ),
+    Case("vhd", "vpc", 24 * MIB, 2 * MIB, ("force_size=on",), mix=_SPARSE),
+    Case("vhd-exact", "vpc", 4 * MIB, vhds.BLOCK, mix=_SPARSE, build=vhds.exact),
+    Case("vhd-parent", "vpc", 4 * MIB, vhds.BLOCK, parent=True, foreign=False, build=vhds.child),
+    Case("vhd-fixed", "vpc", 2 * MIB, 64 * KIB, ("force_size=on", "subformat=fixed")),
     Case("vmdk", "vmdk", 8 * MIB, 64 * KIB),
     Case("vmdk-zeroed", "vmdk", 4 * MIB, 64 * KIB, ("zeroed_grain=on",)),
-    Case(
-        "vmdk-parent", "vmdk", 4 * MIB, 64 * KIB, parent=True, foreign=False, change=vmdks.child
-    ),
+    Case("vmdk-parent", "vmdk", 4 * MIB, 64 * KIB, parent=True, foreign=False, change=vmdks.child),
     Case(
         "vmdk-zeroed-parent",
         "vmdk",
@@ -188,7 +199,9 @@ class Made:
             return Findings()
         if self.case.format == "vhdx":
             return check_vhdx(store, before.size)
-        return {"qcow2": check_qcow2, "vdi": check_vdi, "vmdk": check_vmdk}[self.case.format](store)
+        return {"qcow2": check_qcow2, "vdi": check_vdi, "vmdk": check_vmdk, "vpc": check_vhd}[
+            self.case.format
+        ](store)
 
     def images(self, file: SimulatedFile) -> Sequence[Image]:
         images: list[Image] = [open_image(self.case.format, file)]
@@ -211,7 +224,13 @@ class Made:
 
 
 def make(case: Case, folder: Path) -> Made:
-    """Create the image with qemu-img."""
+    """Create the image with qemu-img, or as the case says."""
+    if case.build is not None:
+        content = bytearray(case.size)
+        _scatter(content, case)
+        below = Store.of(bytes(content)) if case.parent else None
+        image = Store.of(case.build(content))
+        return Made(case, image, below, Store.of(bytes(content)))
     path = folder / f"image.{case.format}"
     content = bytearray(case.size)
     command = ["qemu-img", "create", "-q", "-f", case.format]

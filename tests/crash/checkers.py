@@ -210,6 +210,53 @@ def check_vhdx(store: Store, before: int) -> Findings:
     return found
 
 
+def check_vhd(store: Store) -> Findings:
+    """A whole footer at both ends, a whole header, no block over another one or over metadata.
+
+    Source: the VHD specification.  Locators are taken to lie behind the table.
+    """
+    found = Findings()
+    tail = store.read(store.size - 512, 512)
+    if not vhd_sum(tail, 64) or tail[:8] != b"conectix":
+        found.wrong.append("no whole footer at the end")
+        return found
+    if struct.unpack_from(">I", tail, 60)[0] == 2:
+        if struct.unpack_from(">Q", tail, 48)[0] + 512 != store.size:
+            found.wrong.append("the footer is not right behind the fixed disk")
+        return found
+    if store.read(0, 512) != tail:
+        found.wrong.append("the two footers differ")
+    header = store.read(struct.unpack_from(">Q", tail, 16)[0], 1024)
+    if header[:8] != b"cxsparse" or not vhd_sum(header, 36):
+        found.wrong.append("no whole header")
+        return found
+    table, _, entries, block = struct.unpack_from(">QIII", header, 16)
+    stride = -(-block // 4096 // 512) * 512 + block
+    end = table + -(-entries * 4 // 512) * 512
+    for at in range(576, 768, 24):
+        code, _, length, place = struct.unpack_from(">4sII4xQ", header, at)
+        end = max(end, place + -(-length // 512) * 512) if code != bytes(4) else end
+    previous = end
+    for start in sorted(
+        entry * 512
+        for entry in struct.unpack(f">{entries}I", store.read(table, 4 * entries))
+        if entry != 0xFFFFFFFF
+    ):
+        if start < previous:
+            found.wrong.append(f"block at {start:#x}, what is before it ends at {previous:#x}")
+        previous = start + stride
+    if previous > store.size - 512:
+        found.wrong.append(f"the last block ends at {previous:#x}, the file at {store.size:#x}")
+    elif previous < store.size - 512:
+        found.leaked.append(f"footer at {store.size - 512:#x}, blocks end at {previous:#x}")
+    return found
+
+
+def vhd_sum(raw: bytes, at: int) -> bool:
+    total = sum(raw) - sum(raw[at : at + 4])
+    return int(struct.unpack_from(">I", raw, at)[0]) == ~total & 0xFFFFFFFF
+
+
 def check_vmdk(store: Store) -> Findings:
     """One hosted sparse file: no two grains or tables in one place, all of it in the file.
 
