@@ -215,9 +215,7 @@ def _start_daemon(order: Order, passphrase: Passphrase | None) -> Record:
 def _told(order: Order, passphrase: Passphrase | None) -> bytes:
     """The answer to ASK."""
     if passphrase is None:
-        raise VirtmountError(
-            order.image, "", "encrypted: no passphrase", hint="--passphrase-file FILE"
-        )
+        raise Denied(order.image, "", "encrypted: no passphrase", hint="--passphrase-file FILE")
     return base64.b64encode(passphrase()) + b"\n"
 
 
