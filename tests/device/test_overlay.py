@@ -107,13 +107,10 @@ def test_python(tmp_path: Path, command: Command) -> None:
 @pytest.fixture
 def secret_image(tmp_path: Path) -> Path:
     image = tmp_path / "secret.qcow2"
+    # The old encryption: LUKS makes every opening slow, which is its purpose.
     words = ["qemu-img", "create", "-q", "-f", "qcow2"]
-    words += ["--object", "secret,id=s,data=open sesame", "-o"]
-    words += ["encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", str(image), "4M"]
-    for _ in range(20):  # now and then "Unable to get accurate CPU usage"
-        if not subprocess.run(words, capture_output=True).returncode:
-            return image
-    run(*words)
+    words += ["--object", "secret,id=s,data=open sesame"]
+    run(*words, "-o", "encrypt.format=aes,encrypt.key-secret=s", image, "4M")
     return image
 
 
@@ -121,12 +118,8 @@ def test_passphrase_reaches_the_daemon_and_nobody_else(
     tmp_path: Path, command: Command, secret_image: Path
 ) -> None:
     (tmp_path / "right").write_text("open sesame\n")
-    (tmp_path / "wrong").write_text("open barley")
-    for words in (("--passphrase-file", tmp_path / "wrong"), ()):
-        told = command(
-            "attach", "-t", "fuse", *words, secret_image, code=4, stdin=subprocess.DEVNULL
-        )
-        assert "passphrase" in told
+    told = command("attach", "-t", "fuse", secret_image, code=4, stdin=subprocess.DEVNULL)
+    assert "encrypted: no passphrase" in told
     command("attach", "-t", "fuse", "--passphrase-file", tmp_path / "right", secret_image)
     Path(node(command)).write_bytes(b"inside" * 1000)
     (disk,) = json.loads(command("list", "--json"))["disks"]
