@@ -32,6 +32,7 @@ import virtmount
 from tests.corpus import bases, flips, mutations
 from tests.corpus.bases import KIB, MIB
 from tests.corpus.mutations import Case
+from virtmount import formats
 from virtmount.errors import VirtmountError
 
 CPU = 2.0  # seconds for one opening with its reads and writes
@@ -364,6 +365,8 @@ def main() -> None:
     loaded = {name: bases.load(base_folder, name) for name in bases.makers()}
     known = mutations.all_by_name()
     # Whatever is imported at first use is opened here, not under the watch.
+    for name in formats.TABLE:
+        formats.load(name)
     for base in loaded.values():
         if beside := bases.makers()[base.name].beside:
             beside(base.path)
