@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from virtmount import hostfile
+from virtmount.formats.luks import crypt
 from virtmount.hostfile import HostFile
 from virtmount.image import Dirty, Extent, Image, Kind, Run, extents
 from virtmount.plan import Plan
 
 POOL = 4  # host clusters asked for at a time
 ZERO_STEP = 1 << 20
+SECTOR = 512  # what is encrypted at once
 PADDING = 512  # a parent ends at its last sector
 
 
@@ -81,7 +83,7 @@ class Reference:
         if extent.kind is Kind.ZERO:
             return bytes(extent.length)
         if extent.kind in (Kind.DATA, Kind.SHARED):
-            return image.files[extent.file].pread_padded(extent.host_offset, extent.length)
+            return self._read_host(image, extent)
         if extent.kind is Kind.COMPRESSED:
             cluster, within = divmod(extent.guest_offset, image.cluster_size)
             data = image.inflate(cluster)
@@ -89,6 +91,33 @@ class Reference:
             return data[within : within + extent.length]
         assert extent.kind is Kind.INVALID
         raise OSError(errno.EIO, f"cluster at {extent.guest_offset} has no valid host offset")
+
+    @staticmethod
+    def _read_host(image: Image, extent: Extent) -> bytes:
+        file, cipher = image.files[extent.file], image.cipher
+        if cipher is None:
+            return file.pread_padded(extent.host_offset, extent.length)
+        skip = extent.host_offset % SECTOR
+        start = extent.host_offset - skip
+        raw = file.pread_padded(start, round_up(skip + extent.length, SECTOR))
+        first = (extent.guest_offset - skip if cipher.by_guest else start - cipher.origin) // SECTOR
+        return crypt(cipher, encrypt=False)(first, raw)[skip : skip + extent.length]
+
+    def _write_host(self, file: int, host_offset: int, guest_offset: int, data: bytes) -> None:
+        """Guest bytes of the top image; parts of a sector are read and written with the rest."""
+        cipher = self.top.cipher
+        if cipher is not None:
+            skip, end = host_offset % SECTOR, -(host_offset + len(data)) % SECTOR
+            whole = Extent(
+                guest_offset - skip, skip + len(data) + end, Kind.DATA, host_offset - skip, file
+            )
+            if skip or end:
+                old = self._read_host(self.top, whole)
+                data = old[:skip] + data + old[len(old) - end :]
+            host_offset -= skip
+            first = whole.guest_offset if cipher.by_guest else host_offset - cipher.origin
+            data = crypt(cipher, encrypt=True)(first // SECTOR, data)
+        self.top.files[file].pwrite(host_offset, data)
 
     def _resolve(self, layer: int, offset: int, length: int) -> Iterator[tuple[int, Extent]]:
         if layer == len(self.images):
@@ -150,7 +179,8 @@ class Reference:
         size = self.top.cluster_size
         if cluster in self._dirty:
             place = self._dirty[cluster]
-            self.top.files[place.file].pwrite(place.host_offset + within, data)
+            at = cluster * size + within
+            self._write_host(place.file, place.host_offset + within, at, data)
             return
         own = [
             extent._replace(kind=Kind.INVALID)
@@ -161,7 +191,8 @@ class Reference:
         if any(extent.kind is Kind.INVALID for extent in own):
             raise OSError(errno.EIO, f"cluster {cluster} has no valid host offset")
         if len(own) == 1 and own[0].kind is Kind.DATA:
-            self.top.files[own[0].file].pwrite(own[0].host_offset + within, data)
+            at = cluster * size + within
+            self._write_host(own[0].file, own[0].host_offset + within, at, data)
             return
         old = list(self._old(cluster))
         hides = any(extent.kind is not Kind.ZERO for _, extent in old)
@@ -172,9 +203,9 @@ class Reference:
         else:
             host_offset, file, reused = self._take()
         try:
-            if hides:
+            if hides or self.top.cipher is not None:
                 content[within : within + len(data)] = data
-                self.top.files[file].pwrite(host_offset, bytes(content))
+                self._write_host(file, host_offset, cluster * size, bytes(content))
             else:
                 # The rest of a pool cluster reads as zeros already.
                 self.top.files[file].pwrite(host_offset + within, data)

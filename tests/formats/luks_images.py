@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
+import tempfile
 from pathlib import Path
 
 SECRET = "geheim"
@@ -11,17 +13,39 @@ FLAKY = "accurate CPU usage"  # qemu measures its key derivation, and may be too
 
 
 def create(path: Path, size: int, *options: str, method: str = "luks") -> Path:
+    """An empty image; a LUKS one takes qemu seconds, so each kind is made once."""
+    path.write_bytes(_created(size, options, method))
+    return path
+
+
+@functools.cache
+def _created(size: int, options: tuple[str, ...], method: str) -> bytes:
     words = [f"encrypt.format={method}", "encrypt.key-secret=s", *options]
     if method == "luks":
-        words.append("encrypt.iter-time=20")
-    command = ["qemu-img", "create", "-q", *OBJECT, "-f", "qcow2", "-o", ",".join(words)]
-    for _ in range(20):
-        done = subprocess.run(
-            [*command, str(path), str(size)], capture_output=True, text=True, timeout=60
+        words.append("encrypt.iter-time=50")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image"
+        _patiently(
+            "create", "-q", *OBJECT, "-f", "qcow2", "-o", ",".join(words), str(path), str(size)
         )
+        return path.read_bytes()
+
+
+def _patiently(*words: str) -> None:
+    for _ in range(20):
+        done = subprocess.run(["qemu-img", *words], capture_output=True, text=True, timeout=60)
         if FLAKY not in done.stderr:
             break
     assert done.returncode == 0, done.stderr
+
+
+def create_with(path: Path, size: int, header: bytes) -> Path:
+    """The same with another header: qemu's is as long as ours where its options are its own."""
+    raw = _created(size, (), "luks")
+    at = raw[:4096].index((0x0537BE77).to_bytes(4, "big")) + 8
+    offset, length = (int.from_bytes(raw[i : i + 8], "big") for i in (at, at + 8))
+    assert length == len(header)
+    path.write_bytes(raw[:offset] + header + raw[offset + length :])
     return path
 
 
@@ -54,3 +78,28 @@ def raw_of(path: Path, driver: str = "qcow2") -> bytes:
     content = raw.read_bytes()
     raw.unlink()
     return content
+
+
+def check(path: Path) -> None:
+    """No corruption and no leaks, says qemu."""
+    command = ["qemu-img", "check", *OBJECT, "--image-opts", spec(path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def add_slot(path: Path, secret: str) -> None:
+    """Another passphrase for the same data."""
+    more = "encrypt.state=active,encrypt.new-secret=t,encrypt.iter-time=50"
+    new = ("--object", f"secret,id=t,data={secret}")
+    _patiently("amend", *OBJECT, *new, "--image-opts", spec(path), "-o", more)
+
+
+def volume(path: Path) -> bytes:
+    """What a LUKS volume holds that is not inside of any image."""
+    raw = path.with_name(path.name + ".oracle")
+    opts = f"driver=luks,key-secret=s,file.filename={path}"
+    subprocess.run(
+        ["qemu-img", "convert", *OBJECT, "--image-opts", "-O", "raw", opts, str(raw)],
+        check=True,
+        timeout=60,
+    )
+    return raw.read_bytes()

@@ -172,7 +172,7 @@ def with_bitmap(path: Path) -> Path:
 
 
 def with_luks(path: Path) -> Path:
-    return luks_images.create(path, MIB, "cluster_size=4k")
+    return luks_images.create(path, MIB + 5 * 512)
 
 
 def with_data_file(path: Path) -> Path:
