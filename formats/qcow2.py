@@ -1,7 +1,7 @@
 """QCOW2, versions 2 and 3: read and written.
 
 Source: qemu's docs/interop/qcow2.rst for the format; the order of writes is our own.  Tried with
-images made by qemu-img 7.2.  Refused by name: encryption and unknown incompatible features; for
+images made by qemu-img 7.2.  Refused by name: unknown incompatible features and ciphers; for
 writing also images that are marked dirty or corrupt.  Bitmaps that must follow all changes are
 marked as not to be trusted before the first write (qcow2_bitmaps.py).
 
@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from virtmount.errors import Corrupt, NeedsRecovery, NotAnImage, Unsupported
-from virtmount.formats import qcow2_bitmaps, qcow2_data_file
+from virtmount.formats import qcow2_bitmaps, qcow2_crypt, qcow2_data_file
 from virtmount.formats.qcow2_check import check
 from virtmount.formats.qcow2_entries import COMPRESSED, COPIED, OFFSET, ZERO, Entries
 from virtmount.formats.qcow2_header import (
@@ -130,6 +130,7 @@ class QCOW2(Image):
         self.memory = l1_size * ENTRY
         self._zstd = self._load_zstd() if header.compression == "zstd" else None
         self._own_cut_table()
+        self.cipher = qcow2_crypt.cipher(file, header.encryption, header.luks, options)
         self._begun = self._failed = False
         if header.data_file is not None:
             self._open_data_file(header.data_file, options)
@@ -168,7 +169,7 @@ class QCOW2(Image):
         self.files.append(data)
         self.identity_file = 1
         if data.size >= self.size:
-            if self._header.raw_data_file:
+            if self._header.raw_data_file and self.cipher is None:
                 self.flat, self.flat_file = 0, 1
         elif self.size:
             # What is not there yet reads as zeros; the first write makes it longer.
@@ -318,6 +319,7 @@ class QCOW2(Image):
             "extended_l2": header.extended,
             "data_file": header.data_file,
             "data_file_raw": header.raw_data_file,
+            "encryption": qcow2_crypt.METHODS[header.encryption],
             "backing_file": header.parent.names[0] if header.parent else None,
             "backing_format": header.parent.format if header.parent else None,
         }
@@ -372,6 +374,7 @@ class QCOW2(Image):
             self._l1_place,
             (header.refcount_offset, header.refcount_clusters * size),
             header.snapshot_table,
+            header.luks,
             bitmaps,
         }
         for offset, length in places:

@@ -23,6 +23,7 @@ from construct import (
 )
 
 from virtmount.errors import Corrupt, NeedsRecovery, NotAnImage, Unsupported
+from virtmount.formats import qcow2_crypt
 from virtmount.formats.qcow2_snapshots import MAX_EXTRA, MAX_SNAPSHOTS, Record, records
 from virtmount.hostfile import HostFile
 from virtmount.image import ParentRef
@@ -73,7 +74,6 @@ KNOWN_BITS = (DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2)
 LAZY_REFCOUNTS = 1  # compatible bit 0
 # Autoclear feature bits.
 BITMAPS_VALID, DATA_FILE_RAW = 1, 2
-ENCRYPTION = {1: "AES encryption", 2: "LUKS encryption"}
 COMPRESSIONS = {0: "zlib", 1: "zstd"}
 
 MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21
@@ -111,6 +111,8 @@ class Header:
     length: int  # where the extensions begin
     extensions: dict[int, bytes]  # type -> data, in the order of the file
     data_file: str | None  # the name of the file that guest data lies in, if not this one
+    encryption: int  # qcow2_crypt.METHODS
+    luks: tuple[int, int]  # offset, length of the LUKS header, if there is one
 
     @property
     def extended(self) -> bool:
@@ -196,6 +198,8 @@ def read_header(file: HostFile) -> Header:
         length=extra["header_length"],
         extensions=extensions,
         data_file=_data_file(file, fields, extra["incompatible"], extensions),
+        encryption=fields.crypt_method,
+        luks=qcow2_crypt.place(file, fields.crypt_method, extensions, cluster),
     )
 
 
@@ -232,9 +236,8 @@ def _extensions(file: HostFile, fields: Any, start: int, cluster: int) -> dict[i
 def _refuse_features(
     file: HostFile, fields: Any, extra: dict[str, Any], extensions: dict[int, bytes]
 ) -> None:
-    if fields.crypt_method:
-        known = ENCRYPTION.get(fields.crypt_method, f"encryption method {fields.crypt_method}")
-        raise Unsupported(file, "header+32", known)
+    if fields.crypt_method not in qcow2_crypt.METHODS:
+        raise Unsupported(file, "header+32", f"encryption method {fields.crypt_method}")
     for bit in range(64):
         if extra["incompatible"] >> bit & 1 and bit not in KNOWN_BITS:
             name = _feature_name(extensions, bit)

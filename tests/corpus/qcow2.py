@@ -51,7 +51,7 @@ FIELDS = (
     Field(
         "size", 24, 8, r"header\+36", {0: "0 bytes", 1: OPENS, 98303: OPENS, 98305: r"header\+36"}
     ),
-    Field("crypt_method", 32, 4, r"header\+32", {0: OPENS, 1: "AES", 2: "LUKS"}),
+    Field("crypt_method", 32, 4, r"header\+32", {0: OPENS, 1: "no passphrase", 2: "LUKS"}),
     Field(
         "l1_size",
         36,

@@ -28,7 +28,7 @@ from tests.formats.qcow2_images import (
     u32,
     u64,
 )
-from virtmount.errors import Corrupt, NeedsRecovery, NotAnImage, Unsupported, VirtmountError
+from virtmount.errors import Corrupt, Denied, NeedsRecovery, NotAnImage, Unsupported, VirtmountError
 from virtmount.formats.qcow2 import QCOW2
 from virtmount.hostfile import HostFile
 from virtmount.image import Kind, Match, ParentRef, extents
@@ -76,8 +76,8 @@ def test_probe() -> None:
         (20, u32(0xFFFFFFFF), Corrupt, "4294967295 cluster bits"),
         (24, u64(1 << 40), Corrupt, "L1 table of 1 entries, 1099511627776 bytes need 2048"),
         (24, u64((1 << 64) - 1), Corrupt, "header+36: L1 table of 1 entries"),
-        (32, u32(1), Unsupported, "header+32: AES encryption"),
-        (32, u32(2), Unsupported, "LUKS encryption"),
+        (32, u32(1), Denied, "header+32: encrypted: no passphrase"),
+        (32, u32(2), Corrupt, "LUKS encryption, but no place of the LUKS header"),
         (32, u32(7), Unsupported, "encryption method 7"),
         (36, u32(0), Corrupt, "header+36: L1 table of 0 entries"),
         (36, u32((4 << 20) + 1), Corrupt, "L1 table of 4194305 entries, the most is 4 Mi"),
