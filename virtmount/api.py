@@ -17,6 +17,7 @@ from virtmount.engine import Buffer, Op
 from virtmount.extents import Mapped
 from virtmount.image import Image, Options
 from virtmount.info import ImageInfo, ParentInfo, inspect
+from virtmount.overlay import lay_over
 from virtmount.pager import Pager
 
 __all__ = ["ImageInfo", "Mapped", "OpenDisk", "ParentInfo", "inspect", "map_extents", "open"]
@@ -34,6 +35,7 @@ def open(
     allow_outside: bool = False,
     parent_format: str | None = None,
     force: bool = False,
+    overlay: str | os.PathLike[str] | None = None,
     options: Options | None = None,
 ) -> OpenDisk:
     """Open an image, of `format` or by its content, with its parents.
@@ -43,15 +45,20 @@ def open(
     the image's folder only, unless allow_outside; parent_format is for one whose child does not
     record it; force takes one that was changed since.  `options` says everything else that there
     is to say, and allow_outside then counts in there.  Locked against other users, as qemu does it.
+
+    With `overlay`, a folder, all images are only read; what is written goes to a file without a
+    name there, and is thrown away when the disk is closed.
     """
     chain = open_chain(
         path,
         format,
-        writable=writable,
+        writable=writable and overlay is None,
         options=options or Options(allow_outside=allow_outside),
         parent_format=parent_format,
         force=force,
     )
+    if overlay is not None:
+        chain = lay_over(chain, overlay)
     try:
         disk = Disk(chain, cache=cache)
     except BaseException:

@@ -163,10 +163,10 @@ def describe_rebase(parser: Parser) -> None:
 
 
 def create(options: argparse.Namespace) -> int:
-    from virtmount import create as making
+    from virtmount import creation
 
     if "help" in options.options:
-        return _list_settings(making.driver_for(options.file or "", options.format))
+        return _list_settings(creation.driver_for(options.file or "", options.format))
     if options.file is None:
         return complain_usage("create", "say which file")
     try:
@@ -174,7 +174,7 @@ def create(options: argparse.Namespace) -> int:
     except ValueError as error:
         return complain_usage("create", str(error))
     with tidy_end():
-        made = making.create(
+        made = creation.create(
             options.file,
             size,
             options.format,
@@ -217,8 +217,8 @@ def _show(image: Any, options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    from virtmount import convert as converting
-    from virtmount.create import driver_for
+    from virtmount import conversion
+    from virtmount.creation import driver_for
 
     if "help" in options.options:
         return _list_settings(driver_for(options.target or "", options.to))
@@ -229,7 +229,7 @@ def convert(options: argparse.Namespace) -> int:
     except ValueError as error:
         return complain_usage("convert", str(error))
     with tidy_end(), shown_progress(options) as progress:
-        made = converting.convert(
+        made = conversion.convert(
             options.source,
             options.target,
             options.to,
@@ -245,7 +245,7 @@ def convert(options: argparse.Namespace) -> int:
 
 
 def resize(options: argparse.Namespace) -> int:
-    from virtmount import resize as resizing
+    from virtmount import resizing
     from virtmount.sizes import parse_size
 
     relative = options.size.startswith(("+", "-"))
@@ -267,7 +267,7 @@ def resize(options: argparse.Namespace) -> int:
 
 
 def commit(options: argparse.Namespace) -> int:
-    from virtmount import commit as committing
+    from virtmount import committing
 
     with tidy_end(), shown_progress(options) as progress:
         parent = committing.commit(
@@ -277,7 +277,7 @@ def commit(options: argparse.Namespace) -> int:
 
 
 def rebase(options: argparse.Namespace) -> int:
-    from virtmount import rebase as rebasing
+    from virtmount import rebasing
 
     with tidy_end(), shown_progress(options) as progress:
         changed = rebasing.rebase(

@@ -26,7 +26,7 @@ from virtmount.cli_common import (
 from virtmount.errors import VirtmountError
 
 if TYPE_CHECKING:
-    from virtmount.check import CheckReport
+    from virtmount.checking import CheckReport
     from virtmount.tables import Column
     from virtmount.upkeep import Finding, Snapshot
 
@@ -117,8 +117,7 @@ def describe_cat(parser: Parser) -> None:
 
 
 def check(options: argparse.Namespace) -> int:
-    from virtmount import check as checking
-    from virtmount import tables
+    from virtmount import checking, tables
     from virtmount.upkeep import Repair
 
     repair = Repair(options.repair) if options.repair else Repair.NOTHING
@@ -175,7 +174,7 @@ def _summary(found: CheckReport) -> str:
 
 def snapshot(options: argparse.Namespace) -> int:
     from virtmount import tables
-    from virtmount.snapshots import snapshots
+    from virtmount.info import snapshots
 
     found = snapshots(options.image, options.format, options=told(options))
     if options.json:
@@ -216,12 +215,11 @@ def _columns() -> list[Column[Snapshot]]:
 
 
 def compare(options: argparse.Namespace) -> int:
-    from virtmount import compare as comparing
-    from virtmount import tables
+    from virtmount import comparison, tables
 
     try:
         with tidy_end(), shown_progress(options) as progress:
-            found = comparing.compare(
+            found = comparison.compare(
                 options.first,
                 options.second,
                 first_format=options.format,
@@ -249,7 +247,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def cat(options: argparse.Namespace) -> int:
-    from virtmount import cat as reading
+    from virtmount import streaming
     from virtmount.sizes import parse_size
 
     try:
@@ -260,7 +258,7 @@ def cat(options: argparse.Namespace) -> int:
     if os.isatty(sys.stdout.fileno()):
         return complain_usage("cat", "a terminal cannot show a disk; send it to a file or a pipe")
     with tidy_end(), shown_progress(options) as progress:
-        reading.cat(
+        streaming.cat(
             options.image,
             sys.stdout.fileno(),
             options.format,

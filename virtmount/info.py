@@ -10,9 +10,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from virtmount.chain import Opener
+from virtmount.chain import Opener, close_image
 from virtmount.errors import VirtmountError
-from virtmount.image import Chain, Image, Options
+from virtmount.image import DEFAULTS, Chain, Image, Options
+from virtmount.upkeep import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,17 @@ def inspect(
         return _describe(chain.top, _parents(opener, chain))
     finally:
         chain.close()
+
+
+def snapshots(
+    path: str | os.PathLike[str], format: str | None = None, *, options: Options = DEFAULTS
+) -> list[Snapshot]:
+    """Internal snapshots, oldest first; none where the format has no such thing."""
+    image = Opener(path, options=options, lock=False).open_top(format, writable=False)
+    try:
+        return list(image.snapshots())
+    finally:
+        close_image(image)
 
 
 def _parents(opener: Opener, chain: Chain) -> tuple[ParentInfo, ...]:

@@ -1,6 +1,6 @@
 """What making, checking and changing a whole image speaks of: the second half of the contract.
 
-The methods themselves are Image's (image.py); create.py, check.py, convert.py and their like call
+The methods themselves are Image's (image.py); creation.py, checking.py, conversion.py … call
 them.  Units are bytes.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -69,6 +69,16 @@ class Progress(NamedTuple):
 
     done: int
     total: int
+
+
+class Elsewhere(Plan):
+    """A plan of check() for an image of several files: `files` by the numbers that it uses."""
+
+    __slots__ = ("files",)
+
+    def __init__(self, plan: Plan, files: Sequence[HostFile]) -> None:
+        super().__init__(*plan.steps)
+        self.files = files
 
 
 class Repair(enum.Enum):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import virtmount
-from virtmount.create import create
+from virtmount.creation import create
 
 pytestmark = pytest.mark.device
 

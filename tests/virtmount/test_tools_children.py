@@ -19,16 +19,15 @@ from tests.virtmount.tools import (
     sparse_content,
     virtmount,
 )
-from virtmount import api, cli, copying, formats
-from virtmount import rebase as rebasing
-from virtmount.check import check
-from virtmount.commit import commit
-from virtmount.convert import convert
-from virtmount.create import create
+from virtmount import api, cli, copying, formats, rebasing
+from virtmount.checking import check
+from virtmount.committing import commit
+from virtmount.conversion import convert
+from virtmount.creation import create
 from virtmount.errors import Busy, ParentMissing, Unsupported, VirtmountError
 from virtmount.image import Image
-from virtmount.rebase import rebase
-from virtmount.resize import resize
+from virtmount.rebasing import rebase
+from virtmount.resizing import resize
 from virtmount.upkeep import Progress
 
 SIZE = 13 * MIB + 512

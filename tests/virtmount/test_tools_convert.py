@@ -25,9 +25,9 @@ from tests.virtmount.tools import (
 )
 from tests.virtmount.toy import make_toy
 from virtmount import api, cli, copying, formats
-from virtmount.convert import convert
+from virtmount.conversion import convert
 from virtmount.copying import Content, Run
-from virtmount.create import create
+from virtmount.creation import create
 from virtmount.errors import Busy, Unsupported, VirtmountError
 from virtmount.formats.raw import Raw
 from virtmount.image import Image

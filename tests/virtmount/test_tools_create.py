@@ -13,7 +13,7 @@ import pytest
 from tests.virtmount.tools import FORMATS, KIB, MIB, names, qemu_img, qemu_info, virtmount
 from virtmount import api, cli, formats, sizes, staging
 from virtmount.chain import open_chain
-from virtmount.create import create
+from virtmount.creation import create
 from virtmount.errors import Busy, ParentMissing, Unsupported, VirtmountError
 from virtmount.formats.raw import Raw
 from virtmount.image import Image

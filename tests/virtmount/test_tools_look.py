@@ -24,16 +24,16 @@ from tests.virtmount.tools import (
     virtmount,
 )
 from tests.virtmount.toy import Toy, make_toy
-from virtmount import api, check, cli, formats
-from virtmount.cat import cat
-from virtmount.compare import Comparison, compare, first_difference
-from virtmount.convert import convert
-from virtmount.create import create
+from virtmount import api, checking, cli, formats
+from virtmount.comparison import Comparison, compare, first_difference
+from virtmount.conversion import convert
+from virtmount.creation import create
 from virtmount.errors import Busy, Corrupt, NotAnImage, VirtmountError
 from virtmount.hostfile import HostFile
 from virtmount.image import Image, Options
+from virtmount.info import snapshots
 from virtmount.plan import Barrier, Plan, Write
-from virtmount.snapshots import snapshots
+from virtmount.streaming import cat
 from virtmount.upkeep import Finding, Progress, Repair, Severity
 
 Item = Finding | Plan | Progress
@@ -59,7 +59,7 @@ def test_sound_images_of_every_format(tmp_path: Path, form: str) -> None:
         qemu_img("convert", "-O", QEMU.get(form, form), raw, image)
     before = image.read_bytes()
     for repair in (Repair.NOTHING, Repair.ALL):
-        found = check.check(image, form, repair=repair)
+        found = checking.check(image, form, repair=repair)
         assert (found.exit_code, found.findings) == (0, [])
     assert image.read_bytes() == before
 
@@ -176,21 +176,21 @@ def test_findings_are_counted_but_not_all_kept(
 
     monkeypatch.setattr(Checked, "check", many)
     told: list[Finding] = []
-    found = check.check(faulty(tmp_path / "disk.toy"), "toy", tell=told.append)
+    found = checking.check(faulty(tmp_path / "disk.toy"), "toy", tell=told.append)
     assert len(told) == found.found[Severity.LEAK] == found.left[Severity.LEAK] == 5000
-    assert len(found.findings) == check.MAX_FINDINGS
+    assert len(found.findings) == checking.MAX_FINDINGS
 
 
 def test_checking_only_reads_and_locks(tmp_path: Path, checked: None) -> None:
     path = faulty(tmp_path / "disk.toy", 3900)
     path.chmod(0o444)
-    assert check.check(path).exit_code == 3
+    assert checking.check(path).exit_code == 3
     with HostFile(path):
-        assert check.check(path).exit_code == 3
+        assert checking.check(path).exit_code == 3
         with pytest.raises(Busy):
-            check.check(path, repair=Repair.ALL)
+            checking.check(path, repair=Repair.ALL)
     with HostFile(path, writable=True), pytest.raises(Busy):
-        check.check(path)
+        checking.check(path)
 
 
 def test_what_cannot_be_checked(
@@ -213,7 +213,7 @@ def test_what_cannot_be_checked(
 def test_raw_ends_inside_a_sector(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(b"x" * 1000)
-    found = check.check(path, "raw", repair=Repair.ALL)
+    found = checking.check(path, "raw", repair=Repair.ALL)
     assert found.exit_code == 0
     assert [finding.severity for finding in found.findings] == [Severity.NOTE]
     assert path.read_bytes() == b"x" * 1000

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from virtmount.create import creating
+from virtmount.creation import creating
 
 ROOT = Path(__file__).resolve().parents[2]
 KIB, MIB = 1 << 10, 1 << 20

@@ -22,7 +22,7 @@ from virtmount.copying import (
     quiet,
     union,
 )
-from virtmount.create import recorded_name
+from virtmount.creation import recorded_name
 from virtmount.disk import Disk
 from virtmount.errors import Unsupported, VirtmountError
 from virtmount.hostfile import execute, sync_all

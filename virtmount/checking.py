@@ -12,7 +12,7 @@ from virtmount.errors import Unsupported
 from virtmount.hostfile import HostFile, execute, sync_all
 from virtmount.image import DEFAULTS, Image, Options
 from virtmount.plan import Plan
-from virtmount.upkeep import Finding, Progress, Repair, Severity
+from virtmount.upkeep import Elsewhere, Finding, Progress, Repair, Severity
 
 MAX_FINDINGS = 1000  # that a Report keeps; all are counted
 
@@ -138,5 +138,6 @@ def _look(
 
 
 def _carry_out(plan: Plan, file: HostFile) -> None:
-    execute(plan, [file])
-    sync_all([file])
+    files = plan.files if isinstance(plan, Elsewhere) else [file]
+    execute(plan, files)
+    sync_all(files)

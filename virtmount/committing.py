@@ -18,8 +18,8 @@ from virtmount.errors import Corrupt, Unsupported, VirtmountError
 from virtmount.image import DEFAULTS, Chain, Image, Kind, Options
 from virtmount.info import ImageInfo, inspect
 from virtmount.pager import Pager
-from virtmount.rebase import record
-from virtmount.resize import resize
+from virtmount.rebasing import record
+from virtmount.resizing import resize
 from virtmount.siblings import roots
 from virtmount.upkeep import Progress
 

@@ -7,7 +7,7 @@ import os
 
 from virtmount.api import OpenDisk
 from virtmount.chain import open_chain
-from virtmount.create import checked_size
+from virtmount.creation import checked_size
 from virtmount.disk import Disk
 from virtmount.errors import VirtmountError
 from virtmount.hostfile import execute, sync_all

@@ -20,7 +20,7 @@ from virtmount.copying import (
     pieces,
     quiet,
 )
-from virtmount.create import checked_size, driver_for, new_image, opening, verify
+from virtmount.creation import checked_size, driver_for, new_image, opening, verify
 from virtmount.hostfile import execute
 from virtmount.image import DEFAULTS, Image, Options
 from virtmount.info import ImageInfo, inspect
