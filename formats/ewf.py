@@ -88,7 +88,7 @@ COMPRESSED, OFFSET = 0x80000000, 0x7FFFFFFF  # of a table entry
 ENTRY = 4
 CHECKSUM = 4
 MAX_SEGMENTS = 255  # as many files as the engine knows in one disk; names end at 14971, .ZZZ
-MAX_SECTIONS = 1 << 16  # of all segments together
+MAX_SECTIONS = 1 << 14  # of all segments together
 MAX_ENTRIES = 1 << 18  # of one table: 1 MiB
 MAX_SECTOR = 4096
 TABLES = 16  # kept in memory
@@ -171,6 +171,8 @@ class EWF(Chunked):
             body, end = at + Section.sizeof(), at + size
             if kind in ("volume", "disk") and number == 0:
                 self._read_volume(file, body, size - Section.sizeof())
+            elif kind == "data" and number:
+                self._compare_set(file, body, size - Section.sizeof())
             elif kind == "sectors":
                 data = (body, end)
             elif kind == "table":
@@ -254,6 +256,15 @@ class EWF(Chunked):
         self.variant = "E01" if size == VOLUME else "S01"
         if size == VOLUME and any(raw[GUID_AT : GUID_AT + 16]):
             self.identity = str(uuid.UUID(bytes_le=raw[GUID_AT : GUID_AT + 16]))
+
+    def _compare_set(self, file: HostFile, at: int, size: int) -> None:
+        """Later segments have a copy of the volume section: is it of the same acquisition?"""
+        if size != VOLUME or self.identity is None:
+            return
+        raw = file.pread(at + GUID_AT, 16)
+        if any(raw) and (found := str(uuid.UUID(bytes_le=raw))) != self.identity:
+            text = f"set {found}, the first segment is of {self.identity}"
+            raise Corrupt(file, f"data section at {at}", text)
 
     def _read_table(self, number: int, at: int, size: int, data: tuple[int, int] | None) -> None:
         file, place = self.files[number], f"table section at {at}"

@@ -149,6 +149,13 @@ def test_segments_in_the_wrong_order(parts: list[bytes], tmp_path: Path) -> None
         virtmount.open(tmp_path / "disk.E01")
 
 
+def test_a_segment_of_another_set(parts: list[bytes], tmp_path: Path) -> None:
+    made = [*parts[:1], parts[1].replace(make_ewf.GUID, b"x" * 16), *parts[2:]]
+    make_ewf.write(tmp_path / "disk.E01", made)
+    with pytest.raises(Corrupt, match=r"disk\.E02: data section at .*: set 7878.* first segment"):
+        virtmount.open(tmp_path / "disk.E01")
+
+
 def test_a_segment_that_lies_elsewhere(parts: list[bytes], tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
