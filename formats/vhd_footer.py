@@ -492,13 +492,16 @@ def new_header(
     return summed(bytes(raw), HEADER_CHECKSUM_AT)
 
 
-def parent_paths(folder: str, name: str) -> list[tuple[bytes, bytes]]:
-    """Code and bytes of the locators for a parent called `name`, relative to `folder` or not."""
+def parent_paths(name: str, absolute: str) -> list[tuple[bytes, bytes]]:
+    """Code and bytes of the locators for a parent: as seen from the child's folder, and by its
+    whole path.  Windows wants `.\\` in front of the former."""
     paths = []
     if not os.path.isabs(name):
-        relative = name.replace("/", "\\")
-        dotted = relative if relative.startswith(".\\") else f".\\{relative}"
-        paths.append((b"W2ru", dotted.encode("utf-16-le")))
-    absolute = os.path.normpath(os.path.join(folder, name))
-    paths.append((b"W2ku", absolute.encode("utf-16-le")))
+        relative = os.path.normpath(name).replace("/", "\\")
+        paths.append((b"W2ru", _utf16(f".\\{relative}")))
+    paths.append((b"W2ku", _utf16(absolute)))
     return paths
+
+
+def _utf16(text: str) -> bytes:
+    return text.encode("utf-16-le", "surrogatepass")

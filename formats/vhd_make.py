@@ -78,8 +78,7 @@ def create(new: New) -> Plan:
     paths: list[tuple[bytes, int, bytes, int]] = []
     if new.parent is not None:
         parent = _identity(file, new.parent, new.parent_name)
-        folder = os.path.dirname(os.path.abspath(file.path))
-        paths, end = _placed(folder, new.parent_name, SECTOR + HEADER)
+        paths, end = _placed(new.parent, new.parent_name, SECTOR + HEADER)
         table = -(-end // ALIGN) * ALIGN
         steps = [Write(at, path) for _, at, path, _ in paths]
     kind = DIFFERENCING if parent else DYNAMIC
@@ -109,15 +108,21 @@ def _identity(file: HostFile, parent: Image, name: str) -> tuple[bytes, int, str
     if parent.name != "vhd":
         text = f"{parent.name}: the parent of a VHD is a VHD"
         raise Unsupported(file, "parent", text)
+    if "\\" in name or any(0xD800 <= ord(letter) < 0xE000 for letter in name):
+        raise Unsupported(file, "parent", f"{name!r}: no name that Windows can write")
     changed = int(os.fstat(parent.files[0].fd).st_mtime) - EPOCH
     identity = uuid.UUID(parent.identity).bytes if parent.identity else NO_UUID
     return identity, max(0, changed) & 0xFFFFFFFF, os.path.basename(name)
 
 
-def _placed(folder: str, name: str, start: int) -> tuple[list[tuple[bytes, int, bytes, int]], int]:
+def _placed(
+    parent: Image, name: str, start: int
+) -> tuple[list[tuple[bytes, int, bytes, int]], int]:
     """Locators (code, offset, path, room) from byte `start` on, and where they end."""
     paths = []
-    for code, path in vhd_footer.parent_paths(folder, name):
+    # The new image may still be in another folder; the parent is where it is.
+    absolute = os.path.realpath(parent.files[0].path)
+    for code, path in vhd_footer.parent_paths(name, absolute):
         room = -(-len(path) // SECTOR) * SECTOR
         paths.append((code, start, path, room))
         start += room
@@ -228,9 +233,8 @@ def rebase(
     """
     geometry = writer.geometry
     fields, old = header
-    folder = os.path.dirname(os.path.abspath(file.path))
     known = _identity(file, parent, name) if parent else None
-    measured, length = _placed(folder, name, HEADER) if parent else ([], HEADER)
+    measured, length = _placed(parent, name, HEADER) if parent else ([], HEADER)
     start = _room(file, geometry, writer.free_from, length)
     steps: list[Step] = []
     if start is None:
