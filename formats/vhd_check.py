@@ -251,9 +251,9 @@ class _Check:
             tail = vhd_footer.find(file).tail
         if tail is None or tail.raw != footer or tail.offset + SECTOR != size:
             text = "missing" if tail is None else tail.state
-            if tail is not None and tail.raw == footer:
+            if tail is not None and tail.raw == footer and tail.length == SECTOR:
                 text = f"not at the end of the file but at {tail.offset}"
-            elif tail is not None and tail.whole:
+            elif tail is not None and tail.whole and tail.raw != footer:
                 text = "differs from the one at the beginning"
             yield Finding(Severity.DAMAGE, place, text, self._mends)
             if self._mends:
