@@ -191,6 +191,32 @@ def test_options_of_attach_reach_the_daemon(ordered):
     assert ordered == [Order("/i", True, "raw", "fuse", "none", "data", True, "qcow2")]
 
 
+def test_more_options_of_attach_reach_the_daemon(ordered, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--snapshot", "s", "--search-path", "a", "--search-path", "/b", "--size-from", "chs"]
+    assert cli.main(["attach", *words, "--force", "--overlay=over", "/i"]) == 0
+    (order,) = ordered
+    assert (order.snapshot, order.size_from, order.force) == ("s", "chs", True)
+    assert order.search_path == (str(tmp_path / "a"), "/b")
+    assert order.overlay == str(tmp_path / "over")
+
+
+@pytest.mark.parametrize(
+    ("words", "overlay"),
+    [
+        (["/i"], None),
+        (["--overlay", "/i"], "/tmp/there"),
+        (["/i", "--overlay"], "/tmp/there"),
+        (["--overlay=/else", "/i"], "/else"),
+    ],
+)
+def test_overlay_has_a_folder_only_after_an_equals_sign(ordered, monkeypatch, words, overlay):
+    monkeypatch.setenv("TMPDIR", "/tmp/there")
+    assert cli.main(["attach", *words]) == 0
+    (order,) = ordered
+    assert (order.image, order.overlay) == ("/i", overlay)
+
+
 def test_vdiskload_is_attach(capsys, ordered):
     assert cli.vdiskload(["--read-only", "/images/disk.vdi"]) == 0
     assert capsys.readouterr().out == "/dev/vhdx0\n"

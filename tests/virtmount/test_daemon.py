@@ -15,7 +15,7 @@ import pytest
 from virtmount import attachment, daemon, errors, nodes, state
 from virtmount.attachment import Order
 from virtmount.daemon import Session
-from virtmount.errors import Busy, NoTransport, VirtmountError
+from virtmount.errors import Busy, NoTransport, ParentMissing, VirtmountError
 from virtmount.transport import Transport
 
 
@@ -163,6 +163,55 @@ def test_end_that_fails_goes_on_and_leaves_word(world, image, failing):
     (record,) = state.records()
     assert record.state == state.FAILED
     assert "No space left on device" in record.error
+
+
+def test_overlay_is_on_top_and_the_image_only_read(world, image, tmp_path):
+    folder = tmp_path / "over"
+    folder.mkdir()
+    session = Session(Order(str(image), format="raw", overlay=str(folder)))
+    record = session.attach()
+    assert (record.name, record.format, record.variant) == ("raw0", "raw", "file")
+    assert (record.overlay, record.read_only, record.parents) == (str(folder), False, [])
+    assert record.file_id == state.file_id(str(image))
+    assert session.disk.image.name == "overlay"
+    with daemon.open_chain(image, "raw").top.files[0], pytest.raises(Busy):
+        locked(image)  # for writing
+    session.end()
+    assert not locked(image)
+
+
+def test_failing_overlay_leaves_nothing_open(world, image, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Session(Order(str(image), format="raw", overlay=str(tmp_path / "none"))).attach()
+    assert not locked(image)
+    assert state.records() == []
+
+
+def test_everything_that_was_ordered_reaches_the_driver(world, image, monkeypatch):
+    seen = []
+
+    def open_chain(*arguments, **options):
+        seen.append(options)
+        raise ParentMissing("x", "", "stop here")
+
+    monkeypatch.setattr(daemon, "open_chain", open_chain)
+    order = Order(
+        str(image),
+        allow_outside=True,
+        parent_format="vdi",
+        snapshot="before",
+        search_path=["/a", "/b"],  # as JSON has it
+        size_from="chs",
+        force=True,
+    )
+    with pytest.raises(ParentMissing):
+        Session(order, passphrase=lambda: b"word").attach()
+    (options,) = seen
+    told = options.pop("options")
+    assert options == {"writable": False, "parent_format": "vdi", "force": True}
+    assert (told.allow_outside, told.snapshot, told.size_from) == (True, "before", "chs")
+    assert told.search_path == ("/a", "/b")
+    assert told.passphrase() == b"word"
 
 
 def test_parent_that_has_gone_gets_no_disk(world, image):
