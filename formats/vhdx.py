@@ -39,8 +39,8 @@ from uuid import UUID
 
 from virtmount.errors import Corrupt, NeedsRecovery, Unsupported
 from virtmount.formats import vhdx_bat as bat
+from virtmount.formats import vhdx_change, vhdx_create, vhdx_locator
 from virtmount.formats import vhdx_header as headers
-from virtmount.formats import vhdx_locator
 from virtmount.formats.vhdx_bat import ENTRY, PARTIAL, PRESENT, STATE, ZERO, Table, runs
 from virtmount.formats.vhdx_header import MIB, NIL, Header, Region
 from virtmount.formats.vhdx_journal import Journal, apply_in_memory
@@ -65,6 +65,7 @@ from virtmount.image import (
     last_place,
 )
 from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate
+from virtmount.upkeep import Choice, New
 
 MAX_LEAF = 4096  # entries
 FLAT_ENTRIES = 1 << 16  # of a fixed disk's BAT that is read to see whether all lies in order
@@ -77,6 +78,9 @@ _RUNS = re.compile(r"0+|1+")
 
 class VHDX(Image):
     name: ClassVar[str] = "vhdx"
+    choices: ClassVar[Mapping[str, Choice]] = vhdx_create.CHOICES
+    creates: ClassVar[bool] = True
+    suffixes: ClassVar[tuple[str, ...]] = ("vhdx", "avhdx")
 
     @classmethod
     def probe(cls, head: bytes, tail: bytes, size: int) -> Match:
@@ -86,12 +90,12 @@ class VHDX(Image):
         self.file = file
         self.files = [file]
         self._creator = headers.read_creator(file)
-        self._header, self._slot = headers.read_headers(file)
-        self._replay = find_log(file, self._header)
-        if self._replay:
-            apply_in_memory(file, self._replay)
+        self.header, self.slot = headers.read_headers(file)
+        self.replay = find_log(file, self.header)
+        if self.replay:
+            apply_in_memory(file, self.replay)
         self.regions, self._region_table = headers.read_regions(file)
-        self.taken = taken_regions(self._header, self.regions)
+        self.taken = taken_regions(self.header, self.regions)
         headers.check_overlaps(file, self.taken[1:])
         self.disk = disk = headers.read_disk(file, self.regions[headers.METADATA])
         self.table = open_table(file, disk, self.regions[headers.BAT])
@@ -100,7 +104,7 @@ class VHDX(Image):
         self.size = disk.size
         self.sector_size = disk.sector_size
         self.physical_sector_size = disk.physical_sector_size
-        self.identity = str(self._header.data_write_guid)
+        self.identity = str(self.header.data_write_guid)
         self._locator = self._read_locator(options) if disk.has_parent else None
         if self._locator:
             identity = str(self._locator.identity)
@@ -124,6 +128,9 @@ class VHDX(Image):
         if disk.has_parent:
             self._find_bitmaps()
         self._patched = Ranges(self._changed_data())
+        self._changed_block = self._find_changed_block()
+        if self._changed_block is None:
+            self._patched = Ranges(())  # nothing is read there
         self.cluster_size = PATCHED_CLUSTER if self._patched else disk.block_size
         self.entries_per_leaf = MAX_LEAF if self._patched else min(disk.chunk, MAX_LEAF)
         self.layout = None if self._patched else self._layout
@@ -158,7 +165,7 @@ class VHDX(Image):
     def inflate(self, cluster: int) -> bytes:
         """Data that a log changes, as it will be: see PATCHED_CLUSTER."""
         block, within = divmod(cluster * self.cluster_size, self.disk.block_size)
-        kind, host = self._block(block)
+        kind, host = self.locate(block)
         if not self._patched or kind not in (Kind.DATA, Kind.PARTIAL):
             raise Corrupt(self.file, self.table.describe(block), "nothing that the log changes")
         return self.file.pread_padded(host + within, self.cluster_size)
@@ -167,11 +174,11 @@ class VHDX(Image):
         return [Span(region.offset, region.length) for region in self.taken]
 
     def details(self) -> dict[str, Any]:
-        header, slot = self._header, self._slot
-        if self.file.writable:
+        header, slot = self.header, self.slot
+        if self._begun:
             header, slot = self.journal.header, self.journal.slot
-        if self._replay:
-            log = f"to be replayed, {self._replay.entries} entries"
+        if self.replay:
+            log = f"to be replayed, {self.replay.entries} entries"
         elif header.log_guid != NIL:
             log = "in use" if self._begun else "empty, though the header names one"
         else:
@@ -217,7 +224,7 @@ class VHDX(Image):
                 found.append(Region(f"sector bitmap {chunk}", host, bat.BITMAP))
         self.taken += found
 
-    def _block(self, block: int) -> tuple[Kind, int]:
+    def locate(self, block: int) -> tuple[Kind, int]:
         """Kind and host offset of a whole block."""
         entry = self.table.entry(block)
         for rule in self._layout.rules:
@@ -237,7 +244,7 @@ class VHDX(Image):
     def _pieces(self, cluster: int) -> Iterator[Extent]:
         block, within = divmod(cluster * self.cluster_size, self.disk.block_size)
         start = cluster * self.cluster_size
-        kind, host = self._block(block)
+        kind, host = self.locate(block)
         data = Kind.DATA
         if kind in (Kind.DATA, Kind.PARTIAL):
             host += within
@@ -271,7 +278,7 @@ class VHDX(Image):
 
     def _find_flat(self) -> int | None:
         """Where the disk lies in one piece, if it does and nothing else is to be known first."""
-        if not self.disk.fixed or self.table.blocks > FLAT_ENTRIES or self._replay:
+        if not self.disk.fixed or self.table.blocks > FLAT_ENTRIES or self.replay:
             return None
         size = self.cluster_size
         base = None
@@ -291,21 +298,27 @@ class VHDX(Image):
 
     def _changed_data(self) -> Iterator[tuple[int, int]]:
         """What the log changes and may be guest data: first byte, end."""
-        for change in self._replay.changes if self._replay else ():
+        for change in self.replay.changes if self.replay else ():
             start, end = change.offset, change.offset + change.length
             if not any(region.offset <= start and end <= region.end for region in self.taken):
                 yield start, end
 
+    def _find_changed_block(self) -> int | None:
+        """A block whose data the log changes."""
+        if self._patched:
+            for number, entry in self.table.used():
+                is_bitmap, block = self.table.which(number)
+                if is_bitmap or entry & STATE not in (PRESENT, PARTIAL):
+                    continue
+                if self._patched.touch(entry >> 20 << 20, self.disk.block_size):
+                    return block
+        return None
+
     # Writing
 
     def _open_for_writing(self) -> None:
-        self.journal = Journal(self.file, self._header, self._slot)
-        if self._patched:
-            self._refuse_changed_data()
-            # Only what holds no data is changed: it can wait.
-            self._patched = Ranges(())
-            self.cluster_size, self.layout = self.disk.block_size, self._layout
-            self.entries_per_leaf = min(self.disk.chunk, MAX_LEAF)
+        self._refuse_changed_data()
+        self.journal = Journal(self.file, self.header, self.slot)
         self._initial_size = self.file.size
         self._free: list[int] = []  # host blocks that read as zeros and held data before
         self._stale: list[int] = []  # the same, of unknown contents
@@ -317,23 +330,20 @@ class VHDX(Image):
         self._surveyed = survey is not None
 
     def _refuse_changed_data(self) -> None:
-        for number, entry in self.table.used():
-            is_bitmap, block = self.table.which(number)
-            if is_bitmap or entry & STATE not in (PRESENT, PARTIAL):
-                continue
-            if self._patched.touch(entry >> 20 << 20, self.disk.block_size):
-                raise NeedsRecovery(
-                    self.file,
-                    f"log at {self._header.log_offset}",
-                    f"changes the data of block {block}: it must be replayed before writing",
-                    hint=f"virtmount check --repair {self.file}",
-                )
+        if self._changed_block is not None:
+            raise NeedsRecovery(
+                self.file,
+                f"log at {self.header.log_offset}",
+                f"changes the data of block {self._changed_block}: it must be replayed before "
+                "writing",
+                hint=f"virtmount check --repair {self.file}",
+            )
 
     def begin(self) -> Plan:
         assert not self._begun
         self._begun = True
-        steps = self.journal.begin(self._replay)
-        if self._replay:
+        steps = self.journal.begin(self.replay)
+        if self.replay:
             # What is read from here on is what the plan writes.
             self.file.unpatch()
         self._begin_header = self.journal.header.pack()
@@ -348,13 +358,13 @@ class VHDX(Image):
         if not self._begin_header:
             return
         expected, self._begin_header = self._begin_header, b""
-        if not self._replay:
+        if not self.replay:
             return
         found = self.file.pread(headers.HEADER_OFFSETS[self.journal.slot], len(expected))
         if found == expected:
-            self._replay = None
+            self.replay = None
         else:
-            apply_in_memory(self.file, self._replay)
+            apply_in_memory(self.file, self.replay)
 
     def reserve(self, count: int) -> Reservation:
         self._finish_begin()
@@ -458,6 +468,31 @@ class VHDX(Image):
         if self._resized and not self.file.is_device:
             steps.append(Truncate(self._end))
         return Plan(*steps)
+
+    # Whole images
+
+    @classmethod
+    def create(cls, new: New) -> Plan:
+        return vhdx_create.create(new)
+
+    def resize(self, size: int) -> Plan:
+        self._refuse_changed_data()
+        return vhdx_change.resize(self, size)
+
+    def rebase(self, parent: Image | None, name: str) -> Plan:
+        self._refuse_changed_data()
+        return vhdx_change.rebase(self, parent, name)
+
+    def forget_patches(self) -> None:
+        """A plan replays the log: from here on it is for the file to say what is in it."""
+        if self.file.writable:
+            self.file.unpatch()
+
+    def used_end(self) -> int:
+        """Nothing lies from here on, nor does the file reach further; a whole MiB."""
+        least = max(self.file.size, *(region.end for region in self.taken))
+        least = max(least, self._end) if self._surveyed else bat.last_end(self.table, least)
+        return -(-least // MIB) * MIB
 
     def _is_data(self, host: int) -> bool:
         """Whether a host block lies where only data can lie."""

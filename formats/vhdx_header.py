@@ -93,7 +93,7 @@ RegionTableHeader = Struct(
     Padding(4),
 )
 assert RegionTableHeader.sizeof() == 16
-_REGION = struct.Struct("<16sQII")  # GUID, byte offset in the file, length, required
+REGION = struct.Struct("<16sQII")  # GUID, byte offset in the file, length, required
 
 MetadataTableHeader = Struct(
     "signature" / Const(b"metadata"),
@@ -102,9 +102,9 @@ MetadataTableHeader = Struct(
     Padding(20),
 )
 assert MetadataTableHeader.sizeof() == 32
-_ITEM = struct.Struct("<16sIIII")  # GUID, byte offset in the region, length, flags, reserved
-assert (_REGION.size, _ITEM.size) == (32, 32)
-IS_USER, IS_REQUIRED = 1, 4
+ITEM = struct.Struct("<16sIIII")  # GUID, byte offset in the region, length, flags, reserved
+assert (REGION.size, ITEM.size) == (32, 32)
+IS_USER, IS_VIRTUAL_DISK, IS_REQUIRED = 1, 2, 4
 
 FileParameters = Struct("block_size" / Int32ul, "flags" / Int32ul)
 LEAVE_BLOCKS_ALLOCATED, HAS_PARENT = 1, 2
@@ -137,7 +137,25 @@ class Header:
                 "log_offset": self.log_offset,
             }
         )
-        return raw[:4] + checksum(raw).to_bytes(4, "little") + raw[8:]
+        return sealed(raw)
+
+
+def pack_regions(regions: Sequence[tuple[UUID, int, int]]) -> bytes:
+    """A region table of required regions: (GUID, byte offset in the file, length)."""
+    raw: bytes = RegionTableHeader.build({"checksum": 0, "entry_count": len(regions)})
+    for guid, offset, length in regions:
+        raw += REGION.pack(guid.bytes_le, offset, length, 1)
+    return sealed(raw.ljust(TABLE_SIZE, b"\0"))
+
+
+def pack_items(items: Sequence[tuple[UUID, bytes, int]]) -> bytes:
+    """The used part of a metadata region: (GUID, bytes, flags)."""
+    table: bytes = MetadataTableHeader.build({"entry_count": len(items)})
+    rest = b""
+    for guid, data, flags in items:
+        table += ITEM.pack(guid.bytes_le, TABLE_SIZE + len(rest), len(data), flags, 0)
+        rest += data.ljust(-(-len(data) // 8) * 8, b"\0")
+    return table.ljust(TABLE_SIZE, b"\0") + rest
 
 
 class Region(NamedTuple):
@@ -186,6 +204,11 @@ class Disk:
 def checksum(structure: bytes) -> int:
     """CRC-32C of a structure whose bytes 4 to 8 are the checksum, which counts as zero."""
     return int(crc32c(structure[8:], crc32c(bytes(4), crc32c(structure[:4]))))
+
+
+def sealed(structure: bytes) -> bytes:
+    """The structure with its checksum in bytes 4 to 8."""
+    return structure[:4] + checksum(structure).to_bytes(4, "little") + structure[8:]
 
 
 def read_creator(file: HostFile) -> str:
@@ -287,8 +310,8 @@ def _regions(file: HostFile, raw: bytes, place: str) -> dict[UUID, Region]:
         raise Corrupt(file, place, f"{count} entries, at most {MAX_ENTRIES}")
     names = {BAT: "BAT", METADATA: "metadata region"}
     regions: dict[UUID, Region] = {}
-    table = raw[RegionTableHeader.sizeof() :][: count * _REGION.size]
-    for i, (guid_le, offset, length, required) in enumerate(_REGION.iter_unpack(table)):
+    table = raw[RegionTableHeader.sizeof() :][: count * REGION.size]
+    for i, (guid_le, offset, length, required) in enumerate(REGION.iter_unpack(table)):
         guid = UUID(bytes_le=guid_le)
         if guid in regions:
             raise Corrupt(file, f"{place}, entry {i}", f"region {guid} a second time")
@@ -375,8 +398,8 @@ def _items(file: HostFile, region: Region) -> tuple[dict[UUID, Item], _Entry | N
         raise Corrupt(file, place, f"{count} entries, at most {MAX_ENTRIES}")
     items: dict[UUID, Item] = {}
     locator: _Entry | None = None
-    table = raw[MetadataTableHeader.sizeof() :][: count * _ITEM.size]
-    for i, (guid_le, offset, length, flags, _) in enumerate(_ITEM.iter_unpack(table)):
+    table = raw[MetadataTableHeader.sizeof() :][: count * ITEM.size]
+    for i, (guid_le, offset, length, flags, _) in enumerate(ITEM.iter_unpack(table)):
         guid = UUID(bytes_le=guid_le)
         known = not flags & IS_USER and (guid in ITEM_LENGTHS or guid == PARENT_LOCATOR)
         if not known:
@@ -385,7 +408,7 @@ def _items(file: HostFile, region: Region) -> tuple[dict[UUID, Item], _Entry | N
                 text = f"required {kind} metadata item {guid}"
                 raise Unsupported(file, f"{place}, entry {i}", text)
             continue
-        at = region.offset + MetadataTableHeader.sizeof() + i * _ITEM.size
+        at = region.offset + MetadataTableHeader.sizeof() + i * ITEM.size
         if guid == PARENT_LOCATOR:
             # Means nothing without HasParent, whatever it is.
             locator = locator or _Entry(f"{place}, entry {i}", at, offset, length)

@@ -46,8 +46,11 @@ class Journal:
     def identity(self) -> UUID:
         return self.header.data_write_guid
 
-    def begin(self, replay: Replay | None) -> list[Step]:
-        file_write, data_write = uuid4(), uuid4()
+    def begin(self, replay: Replay | None, *, same_data: bool = False) -> list[Step]:
+        """Before anything else.  With `same_data` the disk will read as before, so that images
+        based on it need not refuse it."""
+        file_write = uuid4()
+        data_write = self.header.data_write_guid if same_data else uuid4()
         steps: list[Step] = []
         if replay:
             # 2.2.2: the file's GUID changes before the replay; its log stays until all is applied.

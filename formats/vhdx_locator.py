@@ -23,6 +23,7 @@ from construct import Bytes, Int16ul, Padding, Struct
 
 from virtmount.errors import Corrupt, Unsupported
 from virtmount.hostfile import HostFile
+from virtmount.image import Image
 
 TYPE = UUID("B04AEFB7-D19E-4A81-B789-25B8E9445913")
 LINKAGE = "parent_linkage"
@@ -113,6 +114,13 @@ def _text(file: HostFile, place: str, raw: bytes, offset: int, length: int) -> s
     except UnicodeDecodeError as error:
         raise Corrupt(file, place, f"{length} bytes at {offset} are not UTF-16") from error
     return text.rstrip("\0")
+
+
+def identity_of(file: HostFile, parent: Image) -> UUID:
+    """What a child of `parent` records; `file` is the child's."""
+    if parent.name != "vhdx" or parent.identity is None:
+        raise Unsupported(file, "parent", f"{parent.files[0]} is {parent.name}, it must be vhdx")
+    return UUID(parent.identity)
 
 
 def pack(file: HostFile, identity: UUID, name: str) -> bytes:
