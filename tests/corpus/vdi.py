@@ -184,8 +184,10 @@ BASE = "base.vdi"
 
 
 def below(path: Path) -> None:
-    """The parent of make_child()."""
-    make_vdi.make_base(path.parent / BASE)
+    """The parent of make_child().  At once: another process may be reading it."""
+    made = path.parent / f"{BASE}.{os.getpid()}"
+    make_vdi.make_base(made)
+    made.replace(path.parent / BASE)
 
 
 def _child(path: Path) -> bytes:
