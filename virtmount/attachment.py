@@ -362,7 +362,7 @@ def _failed(record: Record) -> VirtmountError:
 def _end_loop(record: Record) -> None:
     from virtmount import loop
 
-    loop.detach(record.device, record.file_id)
+    loop.detach(record.device, record.data_id or record.file_id)
     with state.locked():
         nodes.remove_links(record.name, record.kernel_name)
         record.remove()

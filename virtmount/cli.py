@@ -358,7 +358,7 @@ def _public(record: Record) -> dict[str, Any]:
     from dataclasses import asdict
 
     values = asdict(record)
-    for private in ("file_id", "started", "boot"):
+    for private in ("file_id", "data_id", "started", "boot"):
         del values[private]
     values.update(path=record.path, state=_state(record), partitions=_partitions(record))
     return values

@@ -138,6 +138,7 @@ class Session:
         record.overlay = self.order.overlay or ""
         record.parents = [str(parent.files[0].path.resolve()) for parent in chain.images[1:]]
         record.file_id = state.file_id(f"/proc/self/fd/{image.files[0].fd}")
+        record.data_id = state.file_id(f"/proc/self/fd/{image.files[image.flat_file].fd}")
 
     def wait(self) -> None:
         """Until a signal, or until somebody else took the device away."""

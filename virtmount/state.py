@@ -59,6 +59,7 @@ class Record:
     features: dict[str, Any] = field(default_factory=dict)
     error: str = ""  # with FAILED: what went wrong
     file_id: str = ""  # device:inode of the image
+    data_id: str = ""  # ... of the file that holds a flat image's bytes
     started: int = 0  # of the process, in clock ticks after the boot
     boot: str = ""
 
