@@ -26,12 +26,18 @@ import errno
 import struct
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from virtmount.errors import Corrupt, NeedsRecovery, NotAnImage, Unsupported
-from virtmount.formats import qcow2_bitmaps, qcow2_crypt, qcow2_data_file
+from virtmount.formats import (
+    qcow2_bitmaps,
+    qcow2_change,
+    qcow2_create,
+    qcow2_crypt,
+    qcow2_data_file,
+)
 from virtmount.formats.qcow2_check import check
 from virtmount.formats.qcow2_entries import COMPRESSED, COPIED, OFFSET, ZERO, Entries
 from virtmount.formats.qcow2_header import (
@@ -51,9 +57,9 @@ from virtmount.formats.qcow2_refcount import (
     Draft,
     Refcounts,
     read_table,
-    table_bytes,
 )
 from virtmount.formats.qcow2_snapshots import Record, records
+from virtmount.formats.qcow2_tables import ENTRY, Tables, round_up
 from virtmount.formats.zstd import Decompressor, ZstdError
 from virtmount.hostfile import HostFile
 from virtmount.image import (
@@ -72,10 +78,8 @@ from virtmount.image import (
 )
 from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate, Write
 from virtmount.siblings import open_sibling
-from virtmount.upkeep import Finding, Progress, Repair, Snapshot
+from virtmount.upkeep import Choice, Finding, New, Packer, Progress, Repair, Snapshot
 
-ENTRY = 8  # bytes of an L1 entry
-PER_SECTOR = SECTOR // ENTRY
 _ENTRY = struct.Struct(">Q")
 
 LEAF = 4096  # entries
@@ -90,6 +94,17 @@ class QCOW2(Image):
     name: ClassVar[str] = "qcow2"
 
     checks: ClassVar[bool] = True
+    creates: ClassVar[bool] = True
+    choices: ClassVar[Mapping[str, Choice]] = qcow2_create.CHOICES
+    suffixes: ClassVar[tuple[str, ...]] = ("qcow2", "qcow")
+
+    @classmethod
+    def create(cls, new: New) -> Plan:
+        return qcow2_create.create(new)
+
+    @classmethod
+    def packer(cls, new: New) -> Packer:
+        return qcow2_create.QCOW2Packer(new)
 
     @classmethod
     def check(
@@ -243,7 +258,7 @@ class QCOW2(Image):
             return (Extent(cluster * self.cluster_size, self.cluster_size, Kind.ABSENT),)
         entries, words = self._entries, self._words[1]
         file = self.files[int(entries.data_file)]
-        limit = _round_up(file.size, self.cluster_size)
+        limit = round_up(file.size, self.cluster_size)
         own = words[within * entries.words : (within + 1) * entries.words]
         alone = True
         if self._header.snapshots and file.writable:
@@ -344,9 +359,9 @@ class QCOW2(Image):
     def metadata(self) -> Iterator[Span]:
         """Sorted, adjacent clusters joined.  Entries that name no possible table are left out."""
         size = self.cluster_size
-        limit = _round_up(self._file.size, size)
+        limit = round_up(self._file.size, size)
         start = end = 0
-        for offset in self._tables():
+        for offset in self._table_clusters():
             if offset == end:
                 end += size
             elif offset > end and not offset % size and offset < limit:
@@ -354,7 +369,7 @@ class QCOW2(Image):
                 start, end = offset, offset + size
         yield Span(start, end - start)
 
-    def _tables(self) -> list[int]:
+    def _table_clusters(self) -> list[int]:
         """Offsets of all clusters that hold the header or tables, sorted, as the entries say."""
         header, size = self._header, self.cluster_size
         blocks = read_table(
@@ -402,6 +417,14 @@ class QCOW2(Image):
             order=header.refcount_order,
             table_offset=header.refcount_offset,
         )
+        self._tables = Tables(
+            file,
+            self._entries,
+            self._counts,
+            self._l1,
+            header.l1_offset,
+            snapshots=bool(header.snapshots),
+        )
         self._refuse_uncounted()
         self._refuse_missing()
         self.caps = Caps(write=True, discard=True, zero_hides_parent=header.version > 2)
@@ -434,7 +457,7 @@ class QCOW2(Image):
     def _refuse_overlaps(self) -> None:
         """Writing to a table that is two things at once would damage one of them."""
         size, last = self._file.size, -1
-        for offset in self._tables():
+        for offset in self._table_clusters():
             if offset % self.cluster_size or offset >= size:
                 text = f"a table, not a cluster of a file with {size} bytes"
             elif offset == last:
@@ -469,7 +492,7 @@ class QCOW2(Image):
         mappings takes so long that very large images are not looked at.
         """
         size = self.cluster_size
-        end = _round_up(self._file.size, size)
+        end = round_up(self._file.size, size)
         tables = [entry & OFFSET for entry in self._l1 if entry & OFFSET]
         if self._counts.end * size <= end or len(tables) > min(MAX_LOOK[0], MAX_LOOK[1] // size):
             return
@@ -505,18 +528,7 @@ class QCOW2(Image):
     def begin(self) -> Plan:
         self._begun = True
         header = self._header
-        steps = self._mark_bitmaps()
-        keep = header.autoclear & (BITMAPS_VALID if steps is not None else 0)
-        steps = steps or []
-        if header.data_file is not None:
-            keep |= header.autoclear & DATA_FILE_RAW
-        if header.autoclear != keep:
-            # Whoever set the others relies on them only while every writer knows them.
-            self._head[AUTOCLEAR_AT : AUTOCLEAR_AT + 8] = keep.to_bytes(8, "big")
-            steps.append(Write(0, bytes(self._head)))
-        whole = _round_up(self._file.size, self.cluster_size)
-        if whole > self._file.size and not self._file.is_device:
-            steps.append(Extend(whole))
+        steps = self._first_steps()
         plan = Plan()
         if header.data_file is not None:
             data = self.files[1]
@@ -529,6 +541,23 @@ class QCOW2(Image):
                 holes = qcow2_data_file.wipe(self._file, self._l1, self._entries, self._clusters)
                 steps += [Punch(offset, length, 1) for offset, length in holes]
         return Plan(*steps, Barrier) + plan if steps else plan
+
+    def _first_steps(self, *, resized: bool = False) -> list[Step]:
+        """What every change of the image begins with: marks, and a file of whole clusters."""
+        header = self._header
+        steps = self._mark_bitmaps(every=resized)
+        keep = header.autoclear & (BITMAPS_VALID if steps is not None else 0)
+        steps = steps or []
+        if header.data_file is not None:
+            keep |= header.autoclear & DATA_FILE_RAW
+        if header.autoclear != keep:
+            # Whoever set the others relies on them only while every writer knows them.
+            self._head[AUTOCLEAR_AT : AUTOCLEAR_AT + 8] = keep.to_bytes(8, "big")
+            steps.append(Write(0, bytes(self._head)))
+        whole = round_up(self._file.size, self.cluster_size)
+        if whole > self._file.size and not self._file.is_device:
+            steps.append(Extend(whole))
+        return steps
 
     def _mark_bitmaps(self, *, every: bool = False) -> list[Step] | None:
         """None: the bitmaps must be declared inconsistent as a whole."""
@@ -544,22 +573,11 @@ class QCOW2(Image):
         parts = qcow2_data_file.incomplete(self._file, self._l1, self._entries, self._clusters)
         if not parts:
             return Plan()
-        entries = self._entries
         with self._drafting() as draft:
-            self._own_tables(draft, {first // self._l2_entries for first, _ in parts})
-            per_sector = SECTOR // entries.width
+            self._tables.own(draft, {first // self._l2_entries for first, _ in parts})
             for first, count in parts:
-                last = first + count
-                while first < last:
-                    stop = min(last, _round_up(first + 1, per_sector))
-                    words = [
-                        word
-                        for cluster in range(first, stop)
-                        for word in entries.mapped(cluster * self.cluster_size)
-                    ]
-                    self._set(draft, first, tuple(words))
-                    first = stop
-            return self._settle(draft)
+                self._tables.map_all(draft, first, first + count)
+            return self._tables.settle(draft)
 
     def reserve(self, count: int) -> Reservation:
         with self._drafting() as draft:
@@ -580,7 +598,7 @@ class QCOW2(Image):
         if not dirty:
             return Plan()
         with self._drafting() as draft:
-            self._own_tables(draft, {new.cluster // self._l2_entries for new in dirty})
+            self._tables.own(draft, {new.cluster // self._l2_entries for new in dirty})
             if self._entries.data_file:
                 if any(new.host_offset != new.cluster * self.cluster_size for new in dirty):
                     raise ValueError("a cluster that does not lie at its guest offset")
@@ -590,8 +608,8 @@ class QCOW2(Image):
                     raise ValueError("a cluster that was not reserved")
                 self._counts.use(draft, hosts)
             for new in dirty:
-                self._set(draft, new.cluster, self._entries.mapped(new.host_offset))
-            plan = self._settle(draft)
+                self._tables.set(draft, new.cluster, self._entries.mapped(new.host_offset))
+            plan = self._tables.settle(draft)
         # Counts need a barrier before the mapping anyway; a data file has none.
         wait = self._entries.data_file and any(new.barrier for new in dirty)
         return Plan(Barrier) + plan if wait else plan
@@ -612,21 +630,12 @@ class QCOW2(Image):
                     first // self._l2_entries, -(-last // self._l2_entries) if first < last else 0
                 )
             ]
-            parts = [part for part in parts if not self._is_empty(*part, hides)]
-            self._own_tables(draft, [low // self._l2_entries for low, _ in parts])
+            parts = [part for part in parts if not self._tables.is_empty(*part, hides)]
+            self._tables.own(draft, [low // self._l2_entries for low, _ in parts])
             for low, high in parts:
-                self._clear(draft, low, high, self._entries.empty(hides))
-            plan = self._settle(draft)
+                self._tables.clear(draft, low, high, self._entries.empty(hides))
+            plan = self._tables.settle(draft)
         return plan + Plan(place) if self._entries.data_file and len(plan) else plan
-
-    def _is_empty(self, first: int, last: int, hides: bool) -> bool:
-        """Whether clusters first … last-1, of one table, have to change to read as zeros."""
-        index, within = divmod(first, self._l2_entries)
-        table, entries = self._l1[index] & OFFSET, self._entries
-        if not table:
-            return not hides
-        old = self._file.pread(table + within * entries.width, (last - first) * entries.width)
-        return old == struct.pack(f">{entries.words}Q", *entries.empty(hides)) * (last - first)
 
     def end(self) -> Plan:
         if not self._begun or self._failed:
@@ -635,75 +644,55 @@ class QCOW2(Image):
             return Plan(Barrier)
         return Plan(Truncate(self._counts.used_end()), Barrier)
 
-    def _own_tables(self, draft: Draft, indexes: Iterable[int]) -> None:
-        """Give each of these L1 entries an L2 table that nothing else uses."""
-        l1, size = self._l1, self.cluster_size
-        # An entry of 0 is not COPIED either.
-        wanted = sorted(
-            i for i in indexes if not (l1[i] & COPIED and l1[i] & OFFSET and self._alone(l1[i]))
-        )
-        for i, cluster in zip(wanted, self._counts.allocate(draft, len(wanted)), strict=True):
-            new, old = cluster * size, l1[i] & OFFSET
-            draft.tables.add(new)
-            if old:
-                content = self._file.pread(old, size)
-                for at in range(0, size, SECTOR):
-                    draft.fresh[new + at] = bytearray(content[at : at + SECTOR])
-                draft.retired.append(old // size)
-            l1[i] = new | COPIED
-            draft.roots.add(i // PER_SECTOR)
+    # Whole images
 
-    def _alone(self, entry: int) -> bool:
-        """Whether what a COPIED entry names has one owner; without snapshots it is believed."""
-        if not self._header.snapshots:
-            return True
-        return self._counts.count((entry & OFFSET) // self.cluster_size) == 1
+    def resize(self, size: int) -> Plan:
+        old, header, entries = self.size, self._header, self._entries
+        for record in records(self._file, header.snapshot_table[0], header.snapshots):
+            if record.size is None:
+                raise Unsupported(
+                    self._file,
+                    f"byte {record.at}",
+                    f"snapshot {record.name or record.id!r} does not say how large its disk is, "
+                    "so this size is the snapshot's as well",
+                )
+        if size == old:
+            return Plan()
+        data_file, raw = header.data_file is not None, header.raw_data_file
+        steps = self._first_steps(resized=True)
+        after: list[Step] = []
+        if data_file:
+            self.files[1].unpatch()
+        with self._drafting() as draft:
+            if size > old:
+                if data_file:
+                    steps += [Punch(old, size - old, 1), Extend(size, 1)]
+                steps += qcow2_change.grow(
+                    self._file,
+                    self._tables,
+                    draft,
+                    old,
+                    size,
+                    inflate=self.inflate,
+                    encrypted=self.cipher is not None,
+                    all_mapped=raw,
+                )
+            else:
+                hides = self.parent is not None and header.version > 2
+                qcow2_change.shrink(self._tables, draft, old, size, hides=hides)
+                if data_file:
+                    after = [Truncate(size, 1) if raw else Punch(size, old - size, 1), Barrier]
+            plan = self._tables.settle(draft)
+        self.size, self._clusters = size, -(-size // entries.cluster_size)
+        self._l1_place = self._tables.l1_offset, len(self._l1) * ENTRY
+        return Plan(*steps, Barrier) + plan + Plan(*after)
 
-    def _clear(self, draft: Draft, first: int, last: int, target: tuple[int, ...]) -> None:
-        """Set the L2 entries of guest clusters first … last-1, of one table, to `target`."""
-        index, within = divmod(first, self._l2_entries)
-        table, width = self._l1[index] & OFFSET, self._entries.width
-        packed = struct.pack(f">{len(target)}Q", *target)
-        old = b""
-        if table not in draft.tables:
-            # Most of a large discard meets what is empty already: compare before taking apart.
-            old = self._file.pread(table + within * width, (last - first) * width)
-        start = first
-        while first < last:
-            count = min(last, _round_up(first + 1, SECTOR // width)) - first
-            at = (first - start) * width
-            if old[at : at + count * width] != packed * count:
-                self._set(draft, first, target * count)
-            first += count
-
-    def _set(self, draft: Draft, first: int, words: tuple[int, ...]) -> None:
-        """Replace the L2 entries of guest clusters from `first` on, which lie in one sector."""
-        index, within = divmod(first, self._l2_entries)
-        table, entries = self._l1[index] & OFFSET, self._entries
-        at = within * entries.width % SECTOR
-        offset = table + within * entries.width - at
-        fresh = table in draft.tables
-        sectors = draft.fresh if fresh else draft.mapping
-        sector = sectors.get(offset)
-        if sector is None:
-            sector = bytearray(SECTOR if fresh else self._file.pread(offset, SECTOR))
-        code = f">{len(words)}Q"
-        old = struct.unpack_from(code, sector, at)
-        if old == words:
-            return
-        struct.pack_into(code, sector, at, *words)
-        sectors[offset] = sector
-        for entry in old[:: entries.words]:
-            if entry:
-                draft.freed += entries.named(entry)
-
-    def _settle(self, draft: Draft) -> Plan:
-        for sector in draft.roots:
-            entries = self._l1[sector * PER_SECTOR : (sector + 1) * PER_SECTOR]
-            offset = self._l1_place[0] + sector * SECTOR
-            draft.mapping[offset] = bytearray(table_bytes(entries))
-        return self._counts.settle(draft)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
+    def rebase(self, parent: Image | None, name: str) -> Plan:
+        if not self.caps.write:
+            raise Unsupported(self._file, "", "another parent: it was opened read-only")
+        if parent is not None and self._header.raw_data_file:
+            raise Unsupported(self._file, "header+88", "a raw data file has no parent")
+        steps = self._first_steps()
+        head = bytes(self._head)
+        plan = qcow2_change.rebase(self._file, head, self._header, parent, name)
+        return Plan(*steps, Barrier) + plan

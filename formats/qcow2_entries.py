@@ -88,6 +88,9 @@ class Entries:
         offset = entry & OFFSET
         return (offset // size,) if offset and not offset % size else ()
 
+    def is_compressed(self, entry: int) -> bool:
+        return bool(entry & COMPRESSED)
+
     def holds(self, entry: int) -> bool:
         """Whether an entry gives a place, as data or in reserve."""
         return bool(entry & (OFFSET | COMPRESSED) or (self.data_file and entry & COPIED))

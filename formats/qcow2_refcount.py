@@ -97,6 +97,8 @@ class Draft:
         self.tables: set[int] = set()  # their offsets
         self.mapping: dict[int, bytearray] = {}  # sectors of tables that are in use
         self.roots: set[int] = set()  # sectors of the L1 table that change with it
+        self.head: dict[int, bytes] = {}  # of the header's first sector, after all these
+        self.moved_l1 = False
         self.freed: list[int] = []  # guest clusters that lose one reference each
         self.retired: list[int] = []  # the same for tables
 
@@ -352,6 +354,12 @@ class Refcounts:
         self.use(draft, clusters)
         return clusters
 
+    def allocate_run(self, draft: Draft, count: int) -> int:
+        """The first of `count` adjacent clusters for a table; they read as zeros."""
+        first = self._take_run(draft, count) if self._device else self._append(draft, count)
+        self.use(draft, range(first, first + count))
+        return first
+
     def _some(self, draft: Draft, want: int) -> list[int]:
         """Exactly `want` clusters, reserved: holes first, then the stock, then the file grows."""
         while self._device and self._total < want and self._scanned < self._scan_end:
@@ -556,6 +564,10 @@ class Refcounts:
             steps += [*self._entry_writes(), Barrier]
         if draft.mapping:
             steps += [*coalesce(draft.mapping), Barrier]
+        if draft.head:
+            for at, data in draft.head.items():
+                self._head[at : at + len(data)] = data
+            steps += [Write(0, bytes(self._head)), Barrier]
         steps += self._give_back(draft)
         self._pages.clear()
         self._new_blocks.clear()

@@ -1,7 +1,7 @@
-"""zstd, decompressed with the system's libzstd.
+"""zstd, with the system's libzstd.
 
 Python has a decoder of its own only from 3.14 on, and every Debian has this library, because dpkg
-needs it.  Source: zstd.h, "Streaming decompression"; this part of it is stable since 1.4.
+needs it.  Source: zstd.h, "Simple API", "Streaming decompression"; both are stable since 1.4.
 """
 
 from __future__ import annotations
@@ -70,3 +70,34 @@ class Decompressor:
         if left:
             raise ZstdError(f"the frame does not end after {target.at} bytes")
         return result.raw[: target.at]
+
+
+class Compressor:
+    """OSError where the library is missing.  Several threads may compress at once."""
+
+    LEVEL = 3  # the library's default
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(LIBRARY)
+        self._bound = library.ZSTD_compressBound
+        self._bound.argtypes = [ctypes.c_size_t]
+        self._bound.restype = ctypes.c_size_t
+        self._compress = library.ZSTD_compress
+        self._compress.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+        ]
+        self._compress.restype = ctypes.c_size_t
+        self._is_error = library.ZSTD_isError
+        self._is_error.argtypes = [ctypes.c_size_t]
+
+    def compress(self, data: bytes) -> bytes:
+        """One frame."""
+        target = ctypes.create_string_buffer(self._bound(len(data)))
+        length = self._compress(target, len(target), data, len(data), self.LEVEL)
+        if self._is_error(length):
+            raise MemoryError("zstd")
+        return target.raw[:length]
