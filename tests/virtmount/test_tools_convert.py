@@ -32,6 +32,7 @@ from virtmount.errors import Busy, Unsupported, VirtmountError
 from virtmount.formats.raw import Raw
 from virtmount.image import Image
 from virtmount.plan import Extend, Plan, Write
+from virtmount.sizes import parse_options
 from virtmount.upkeep import New, Packer, Progress
 
 SIZE = 9 * MIB + 512
@@ -69,6 +70,63 @@ def test_there_and_back(tmp_path: Path, source: Path, form: str) -> None:
     for image in (path, back):  # zeros take no space
         assert image.stat().st_blocks * 512 < SIZE
     assert source.read_bytes() == CONTENT
+
+
+VARIANTS = [
+    ("qcow2", "compat=0.10,cluster_size=4K"),
+    ("qcow2", "extended_l2=on,preallocation=metadata"),
+    ("qcow2", "data_file=disk.data"),
+    ("qcow2", "data_file=disk.raw,data_file_raw=on"),
+    ("vmdk", "subformat=monolithicFlat"),
+    ("vmdk", "subformat=twoGbMaxExtentSparse"),
+    ("vmdk", "subformat=twoGbMaxExtentFlat"),
+    ("vhdx", "subformat=fixed,block_size=1M"),
+    ("vhd", "subformat=fixed"),
+    ("vdi", "subformat=fixed"),
+    ("vdi", "block_size=256K"),
+]
+
+
+@pytest.mark.parametrize(("form", "options"), VARIANTS)
+def test_variants(tmp_path: Path, source: Path, form: str, options: str) -> None:
+    """Also of several files, which lie beside each other in the end and know each other."""
+    path, back = tmp_path / f"disk.{form}", tmp_path / "back.img"
+    convert(source, path, form, settings=parse_options([options]))
+    several = "data_file" in options or "Flat" in options or "twoGb" in options
+    assert len(names(tmp_path)) == (2 if several else 1)
+    if form != "vdi" or "block_size" not in options:  # qemu knows one block size
+        qemu_same(path, form, source)
+    convert(path, back, source_format=form)
+    assert back.read_bytes() == CONTENT
+    if options.endswith("data_file_raw=on"):
+        assert (tmp_path / "disk.raw").read_bytes() == CONTENT
+    with api.open(path, form, writable=True) as disk:
+        disk.pwrite(MIB - 100, b"w" * 70_000)
+    with api.open(path, form) as disk:
+        assert disk.pread(MIB - 100, 70_000) == b"w" * 70_000
+
+
+@pytest.mark.parametrize(
+    ("form", "options"), [("qcow2", "data_file=disk.data"), ("vmdk", "subformat=monolithicFlat")]
+)
+def test_several_files_are_replaced_together(
+    tmp_path: Path, source: Path, form: str, options: str
+) -> None:
+    path, settings = tmp_path / f"disk.{form}", parse_options([options])
+    convert(source, path, form, settings=settings)
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(files) == 2
+    with pytest.raises(VirtmountError, match="exists already"):
+        convert(source, path, form, settings=settings)
+    with pytest.raises(VirtmountError, match="read from"):
+        convert(path, path, form, settings=settings, overwrite=True)
+    path.unlink()
+    with pytest.raises(VirtmountError, match="exists already"):
+        convert(source, path, form, settings=settings)
+    (tmp_path / "zeros.img").write_bytes(bytes(MIB))
+    convert(tmp_path / "zeros.img", path, form, settings=settings, overwrite=True)
+    with api.open(path, form) as disk:
+        assert disk.pread(0, disk.size) == bytes(MIB)
 
 
 @pytest.mark.parametrize("form", ["qcow2", "vhdx", "vdi", "vpc"])
@@ -233,13 +291,17 @@ def test_command(tmp_path: Path, source: Path) -> None:
 # Compressed
 
 
-@pytest.mark.parametrize("form", PACKED)
-def test_compressed(tmp_path: Path, source: Path, form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [*((form, "") for form in PACKED), ("qcow2", "compression_type=zstd,cluster_size=256K")],
+)
+def test_compressed(tmp_path: Path, source: Path, form: str, options: str) -> None:
     path, back = tmp_path / f"disk.{form}", tmp_path / "back.img"
     content = b"".join(bytes([i % 251]) * 5000 for i in range(900)) + CONTENT
     long = tmp_path / "long.img"
     long.write_bytes(content + bytes(-len(content) % 512))
-    convert(long, path, form, compress=True)
+    settings = parse_options([options]) if options else {}
+    convert(long, path, form, compress=True, settings=settings)
     qemu_same(path, form, long)
     assert path.stat().st_size < len(content) - 4 * MIB
     convert(path, back)

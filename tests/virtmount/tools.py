@@ -18,8 +18,8 @@ FORMATS = tuple(driver.name for driver in creating())
 QEMU = {"vhd": "vpc"}  # what qemu calls it
 
 
-def qemu_img(*words: object, code: int = 0) -> str:
-    done = subprocess.run(["qemu-img", *map(str, words)], capture_output=True, text=True)
+def qemu_img(*words: object, code: int = 0, cwd: Path | None = None) -> str:
+    done = subprocess.run(["qemu-img", *map(str, words)], capture_output=True, text=True, cwd=cwd)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
@@ -31,8 +31,8 @@ def qemu_info(path: Path, form: str) -> dict[str, Any]:
 
 
 def qemu_same(path: Path, form: str, raw: Path) -> None:
-    """qemu reads the image as the raw one."""
-    qemu_img("compare", "-f", QEMU.get(form, form), "-F", "raw", path, raw)
+    """qemu reads the image as the raw one; it looks for a data file from where it runs."""
+    qemu_img("compare", "-f", QEMU.get(form, form), "-F", "raw", path, raw, cwd=path.parent)
 
 
 def virtmount(*words: object, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
