@@ -33,25 +33,22 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from virtmount.errors import Corrupt, NotAnImage, Unsupported
+from virtmount.errors import Corrupt, Unsupported
 from virtmount.formats import (
-    vmdk_cowd,
+    vmdk_check,
     vmdk_create,
     vmdk_parent,
     vmdk_resize,
     vmdk_sesparse,
-    vmdk_sparse,
     vmdk_stream,
 )
 from virtmount.formats.vmdk_descriptor import (
-    MAX_LENGTH,
-    Descriptor,
     looks_like_descriptor,
     parse,
     rewrite,
 )
 from virtmount.formats.vmdk_grains import ENTRY, SECTOR, ZERO_GRAIN, Tables
-from virtmount.formats.vmdk_parts import Opener, Part, descriptor_of, single
+from virtmount.formats.vmdk_parts import MAGICS, Part, close_siblings, open_parts
 from virtmount.formats.vmdk_sparse import SparseExtent
 from virtmount.hostfile import HostFile
 from virtmount.image import (
@@ -71,17 +68,17 @@ from virtmount.image import (
     Span,
 )
 from virtmount.plan import Barrier, Plan, Punch, Step
-from virtmount.upkeep import Choice, New, Packer
+from virtmount.upkeep import Choice, Finding, New, Packer, Progress, Repair
 
 FLAT_CLUSTER = 64 << 10  # nominal
 MAX_LEAF = 4096  # entries
-MAGICS = (vmdk_sparse.MAGIC, vmdk_cowd.MAGIC, vmdk_sesparse.MAGIC)
 
 
 class VMDK(Image):
     name: ClassVar[str] = "vmdk"
     suffixes: ClassVar[tuple[str, ...]] = ("vmdk",)
     creates: ClassVar[bool] = True
+    checks: ClassVar[bool] = True
     choices: ClassVar[Mapping[str, Choice]] = vmdk_create.CHOICES
 
     @classmethod
@@ -94,28 +91,14 @@ class VMDK(Image):
         try:
             self._open(options)
         except BaseException:
-            for sibling in self.files[1:]:
-                sibling.close()
+            close_siblings(self.files)
             raise
 
     def _open(self, options: Options) -> None:
-        file = self._file
-        self._text_at = 0
-        self._monolithic = False
-        head = file.pread_padded(0, 8)
-        if head.startswith(vmdk_sparse.MAGIC):
-            extent = SparseExtent(file, 0, 0)
-            self._descriptor = self._embedded(extent)
-            self._text_at = extent.descriptor_at
-            self._monolithic = True
-            self._parts = single(extent)
-        elif head.startswith(MAGICS):
-            self._refuse_extent()
-        else:
-            self._descriptor = read_text(file)
-            opener = Opener(file, self._descriptor, options)
-            self.files = opener.files
-            self._parts = opener.parts()
+        opened = open_parts(self._file, options)
+        self.files, self._parts = opened.files, opened.parts
+        self._descriptor, self._text_at = opened.descriptor, opened.text_at
+        self._monolithic = opened.monolithic
         self._refuse_descriptor()
         self._starts = [part.start for part in self._parts]
         self.size = self._parts[-1].end
@@ -126,22 +109,6 @@ class VMDK(Image):
         self._prepare()
 
     # What it is
-
-    def _embedded(self, extent: SparseExtent) -> Descriptor:
-        raw = extent.descriptor()
-        if not looks_like_descriptor(raw):
-            self._refuse_extent()
-        descriptor = parse(self._file, "descriptor ", raw, extent.descriptor_room)
-        if len(descriptor.extents) != 1:
-            text = f"{len(descriptor.extents)} extents in the descriptor of a sparse file, know 1"
-            raise Unsupported(self._file, "descriptor", text)
-        return descriptor
-
-    def _refuse_extent(self) -> None:
-        name = descriptor_of(self._file)
-        text = "an extent of an image whose descriptor is another file"
-        hint = f"its descriptor seems to be {name}" if name else "open the descriptor, a small text"
-        raise Unsupported(self._file, "", text, hint=hint)
 
     def _refuse_descriptor(self) -> None:
         descriptor = self._descriptor
@@ -281,13 +248,9 @@ class VMDK(Image):
         found: list[Extent] = []
         for part, low, high in self._between(start, end):
             found += part.pieces(low, high)
-        done = min(end, self.size)
-        # The disk may end inside a grain, and inside a cluster.
+        # Behind the disk's end nobody looks; pieces are multiples of `grain` all the same.
         last = found[-1]
-        if done < end and last.kind is not Kind.ZERO and part.end == done and part.grain:
-            found[-1] = last._replace(length=end - last.guest_offset)
-        elif done < end:
-            found.append(Extent(done, end - done, Kind.ZERO))
+        found[-1] = last._replace(length=end - last.guest_offset)
         return found
 
     def inflate(self, cluster: int) -> bytes:
@@ -432,6 +395,24 @@ class VMDK(Image):
     def packer(cls, new: New) -> Packer:
         return vmdk_stream.StreamPacker(new)
 
+    @classmethod
+    def check(
+        cls, file: HostFile, options: Options, repair: Repair
+    ) -> Iterator[Finding | Plan | Progress]:
+        return vmdk_check.check(cls, file, options, repair)
+
+    def tidy(self, holes: Mapping[int, Sequence[int]]) -> Iterator[Plan]:
+        """For check: a session that writes nothing, so the CID stays, for children to find.
+
+        `holes` are grains that nothing uses, by file.
+        """
+        self._begun = True
+        yield Plan(*(step for tables in self._writing for step in tables.begin()), Barrier)
+        for tables in self._writing:
+            for offset in holes.get(tables.number, ()):
+                tables.release(Run(offset, 1, tables.number))
+        yield self.end()
+
     def resize(self, size: int) -> Plan:
         return vmdk_resize.grow(
             self.files, self._parts, self._descriptor, self._text_at, size, self._monolithic
@@ -441,18 +422,6 @@ class VMDK(Image):
         new = vmdk_parent.rebased(self._file, self._descriptor, parent, name)
         steps = rewrite(self._descriptor.text, new, self._text_at, self._descriptor.room)
         return Plan(*steps, Barrier)
-
-
-def read_text(file: HostFile) -> Descriptor:
-    """The descriptor in a file of its own."""
-    size = file.size
-    raw = file.pread_padded(0, min(size, MAX_LENGTH))
-    if not looks_like_descriptor(raw):
-        raise NotAnImage(file, "byte 0", "neither a VMDK extent nor a descriptor")
-    if size > MAX_LENGTH:
-        text = f"a descriptor of {size} bytes, at most {MAX_LENGTH} are supported"
-        raise Unsupported(file, "", text)
-    return parse(file, "", raw)
 
 
 def layout(tables: Tables) -> Layout:

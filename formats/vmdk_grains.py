@@ -12,7 +12,8 @@ bytes, 0 for nothing, hosted ones as a rule in two copies.  What the file says w
    as all do, and the old one becomes a spare one.
 4. Spare grains are used first; other new grains and tables lie behind everything else, so nothing
    has to be known to be free.  At the end spare grains are given to clusters that hold nothing,
-   and read as before; what lies behind the last grain is cut off, and tables there move forward.
+   and read as before, or to the last grains of the file; what lies behind the last one then is cut
+   off, and tables there move forward.
 5. Nothing is written to an extent in which an entry names a place behind the file's end (it would
    begin to exist when the file grows) or in which two grains overlap.
 """
@@ -20,6 +21,7 @@ bytes, 0 for nothing, hosted ones as a rule in two copies.  What the file says w
 from __future__ import annotations
 
 import errno
+import heapq
 import sys
 from abc import ABC, abstractmethod
 from array import array
@@ -39,6 +41,7 @@ MIN_GRAIN, MAX_GRAIN = 512, 64 << 20
 MAX_TABLES = 1 << 20  # 4 MiB of directory
 MAX_READ = 1 << 18  # tables that are looked at when it is opened
 MAX_HOLES = 1 << 16  # that one session fills
+MAX_MOVED = 64 << 20  # bytes of grains that one end moves
 MAX_DIFFERENT = 8192  # tables whose copies differ and that are merged in memory
 MAX_SLOTS = 1 << 25  # grains in the file that are looked at for overlaps when it is opened
 
@@ -81,7 +84,17 @@ class Claims:
         self.highest = 0  # sector at which the last grain ends
 
     def take(self, entries: array[int]) -> None:
-        """Entries of a table that name grains, no other ones.  Raises Overlap."""
+        """Entries of a table that name grains, no other ones: all of them, or Overlap."""
+        taken: list[tuple[int, int]] = []
+        try:
+            self._take_all(entries, taken)
+        except Overlap:
+            for first, count in taken:
+                for i in range(count):
+                    self._slots[first // self._grain + i] = 0
+            raise
+
+    def _take_all(self, entries: array[int], taken: list[tuple[int, int]]) -> None:
         grain = self._grain
         start = 0
         while start < len(entries):
@@ -94,6 +107,7 @@ class Claims:
                 ):
                     stop = len(entries)
             self._take(entries[start], stop - start)
+            taken.append((entries[start], stop - start))
             start = stop
 
     def _take(self, first: int, count: int) -> None:
@@ -113,17 +127,12 @@ class Claims:
             raise Overlap(end * self._grain + slots[end] - 1, first + (count - 1) * self._grain)
         slots[slot:end] = array(slots.typecode, [phase + 1]) * count
 
-    def drop(self, sector: int) -> None:
-        """Forget a grain that was taken."""
-        self._slots[sector // self._grain] = 0
-
-    def has(self, sector: int) -> bool:
-        """Whether a grain that begins just there is taken."""
-        slot, phase = divmod(sector, self._grain)
-        return slot < self.count and self._slots[slot] == phase + 1
-
-    def used(self) -> int:
-        return sum(1 for slot in self._slots if slot)
+    def free(self, first: int, last: int) -> Iterator[int]:
+        """Slots first … last-1 that no grain reaches into."""
+        slots = self._slots
+        for slot in range(first, min(last, self.count)):
+            if not slots[slot] and not (slot and slots[slot - 1] > 1):
+                yield slot
 
 
 class Tables(ABC):
@@ -546,20 +555,29 @@ class Tables(ABC):
         if not self._begun:
             return []
         self._settle()
-        steps: list[Step] = list(self._give_away(over_parent))
-        end = self._mapped_end
+        steps, changes = self._fill_holes(over_parent)
+        if changes:
+            steps.append(Barrier)
+            for index, entries in changes.items():
+                steps += self._changed(index, entries)
+            steps.append(Barrier)
+            self._spare.clear()
         if self._moved:
-            end = -(-end // SECTOR) * SECTOR
-            steps += self._gather(end)
-            end = self._mapped_end
+            steps += self._gather(-(-self._mapped_end // SECTOR) * SECTOR, changes)
+        end = self._mapped_end
         steps += [Barrier, *self.header_writes(unclean=False, end=end)]
         if end < self.file.size:
             steps.append(Truncate(end, self.number))
         self._begun = False
         return steps
 
-    def _give_away(self, over_parent: bool) -> Iterator[Step]:
-        """Spare grains between others go to clusters that read as zeros, and stay empty."""
+    def _fill_holes(self, over_parent: bool) -> tuple[list[Step], dict[int, dict[int, int]]]:
+        """Nothing is left between the grains that is not used, or not much.
+
+        Spare grains go to clusters that read as zeros, and stay empty; the last grains of the file
+        move into what nobody could be given.  Returns what to do before the tables change, and
+        the changes.  Sets _mapped_end.
+        """
         holes = [
             at
             for offset, length in self._spare
@@ -567,20 +585,50 @@ class Tables(ABC):
             for at in range(offset, min(offset + length, self._mapped_end), self.grain)
         ][:MAX_HOLES]
         self._spare.clear()
-        if not holes:
-            return
         changes: dict[int, dict[int, int]] = {}
+        if not holes:
+            return [], changes
+        holes.sort()
         given: list[int] = []
         for (index, within), offset in zip(self._empty(over_parent), holes, strict=False):
             changes.setdefault(index, {})[within] = offset // SECTOR
             given.append(offset)
-        for offset, length in joined((offset, self.grain) for offset in given):
-            yield Punch(offset, length, self.number)
-        yield Barrier
-        for index, entries in changes.items():
-            yield from self._changed(index, entries)
-        yield Barrier
-        self._spare.clear()
+        steps: list[Step] = [
+            Punch(offset, length, self.number)
+            for offset, length in joined((offset, self.grain) for offset in given)
+        ]
+        holes = holes[len(given) :]
+        ends = [at + self.tables * ENTRY for at, _ in self._directories()]
+        for _, directory in self._directories():
+            for index, sector in enumerate(directory):
+                if sector and index not in self._moved:  # those may move yet
+                    ends.append(sector * SECTOR + self.table_size)
+        ends += [offset + self.grain for offset in given[-1:]]
+        last = heapq.nlargest(min(len(holes), MAX_MOVED // self.grain + 1) + 1, self._owners())
+        for hole in holes[: len(last) - 1 or 1]:
+            if not last or last[0][0] * SECTOR < hole:
+                break
+            sector, index, within = last.pop(0)
+            data = self.file.pread_padded(sector * SECTOR, self.grain)
+            steps.append(Write(hole, data, self.number))
+            changes.setdefault(index, {})[within] = hole // SECTOR
+            ends.append(hole + self.grain)
+        if last:
+            ends.append(last[0][0] * SECTOR + self.grain)
+        self._mapped_end = max(*ends, self.header_size, self.fixed_end())
+        return steps, changes
+
+    def _owners(self) -> Iterator[tuple[int, int, int]]:
+        """(sector, table, entry) of every grain."""
+        for index, sector in enumerate(self.directory):
+            if not sector:
+                continue
+            raw = self.read_table(sector * SECTOR, index)
+            if raw.count(0) == len(raw):
+                continue
+            for within, entry in enumerate(unpacked(raw)):
+                if self.is_grain(entry):
+                    yield entry, index, within
 
     def _empty(self, over_parent: bool) -> Iterator[tuple[int, int]]:
         """(table, entry) of clusters that read as zeros and have no place."""
@@ -591,8 +639,11 @@ class Tables(ABC):
                 if not self.is_grain(entry) and (entry or not over_parent):
                     yield index, within
 
-    def _gather(self, end: int) -> Iterator[Step]:
-        """Tables made in this session that lie behind the last grain move down to `end`."""
+    def _gather(self, end: int, changes: dict[int, dict[int, int]]) -> Iterator[Step]:
+        """Tables made in this session that lie behind the last grain move down to `end`.
+
+        `changes` are on their way into the tables where they are.
+        """
         size = -(-self.table_size // SECTOR) * SECTOR
         moves: list[tuple[array[int], int]] = []
         for _, directory in self._directories():
@@ -609,7 +660,10 @@ class Tables(ABC):
                 if target + size > at:
                     end = at + size
                     continue
-                yield Write(target, self.file.pread(at, self.table_size), self.number)
+                raw = bytearray(self.file.pread(at, self.table_size))
+                for within, value in changes.get(index, {}).items():
+                    raw[within * ENTRY : (within + 1) * ENTRY] = value.to_bytes(ENTRY, "little")
+                yield Write(target, bytes(raw), self.number)
                 directory[index] = target // SECTOR
                 changed.append(index)
                 end = target + size

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from virtmount.errors import Corrupt, NotAnImage, Unsupported
-from virtmount.formats import vmdk_cowd, vmdk_sparse
+from virtmount.formats import vmdk_cowd, vmdk_sesparse, vmdk_sparse
 from virtmount.formats.vmdk_descriptor import (
     FLAT,
+    MAX_LENGTH,
     NO_ACCESS,
     READ_WRITE,
     SE_SPARSE,
@@ -17,6 +19,8 @@ from virtmount.formats.vmdk_descriptor import (
     ZERO,
     Descriptor,
     ExtentLine,
+    looks_like_descriptor,
+    parse,
 )
 from virtmount.formats.vmdk_grains import SECTOR, Tables
 from virtmount.formats.vmdk_sesparse import SeSparseExtent
@@ -26,6 +30,7 @@ from virtmount.image import Extent, Kind, Options
 from virtmount.siblings import open_sibling
 
 MAX_DISK = 1 << 60
+MAGICS = (vmdk_sparse.MAGIC, vmdk_cowd.MAGIC, vmdk_sesparse.MAGIC)
 
 
 @dataclass(slots=True)
@@ -83,11 +88,81 @@ class Part:
         return Kind.DATA, host
 
 
+@dataclass(slots=True)
+class Opened:
+    """An image's files and what is in them; `text_at` is where the descriptor is in the first."""
+
+    files: list[HostFile]
+    parts: list[Part]
+    descriptor: Descriptor
+    text_at: int = 0
+    monolithic: bool = False
+
+
+def open_parts(file: HostFile, options: Options, *, lenient: bool = False) -> Opened:
+    """Open a descriptor with its extents, or a file that is both.
+
+    `lenient`: for checking; what writing would refuse is taken as it is.
+    """
+    head = file.pread_padded(0, 8)
+    if head.startswith(vmdk_sparse.MAGIC):
+        extent = SparseExtent(file, 0, 0, lenient=lenient)
+        part = Part(0, extent.capacity, Kind.PARTIAL, 0, tables=extent)
+        return Opened([file], [part], _embedded(file, extent), extent.descriptor_at, True)
+    if head.startswith(MAGICS):
+        _refuse_extent(file)
+    descriptor = read_text(file)
+    opener = Opener(file, descriptor, options, lenient=lenient)
+    try:
+        return Opened(opener.files, opener.parts(), descriptor)
+    except BaseException:
+        close_siblings(opener.files)
+        raise
+
+
+def close_siblings(files: list[HostFile]) -> None:
+    for sibling in files[1:]:
+        sibling.close()
+
+
+def read_text(file: HostFile) -> Descriptor:
+    """The descriptor in a file of its own."""
+    size = file.size
+    raw = file.pread_padded(0, min(size, MAX_LENGTH))
+    if not looks_like_descriptor(raw):
+        raise NotAnImage(file, "byte 0", "neither a VMDK extent nor a descriptor")
+    if size > MAX_LENGTH:
+        text = f"a descriptor of {size} bytes, at most {MAX_LENGTH} are supported"
+        raise Unsupported(file, "", text)
+    return parse(file, "", raw)
+
+
+def _embedded(file: HostFile, extent: SparseExtent) -> Descriptor:
+    raw = extent.descriptor()
+    if not looks_like_descriptor(raw):
+        _refuse_extent(file)
+    descriptor = parse(file, "descriptor ", raw, extent.descriptor_room)
+    if len(descriptor.extents) != 1:
+        text = f"{len(descriptor.extents)} extents in the descriptor of a sparse file, know 1"
+        raise Unsupported(file, "descriptor", text)
+    return descriptor
+
+
+def _refuse_extent(file: HostFile) -> NoReturn:
+    name = descriptor_of(file)
+    text = "an extent of an image whose descriptor is another file"
+    hint = f"its descriptor seems to be {name}" if name else "open the descriptor, a small text"
+    raise Unsupported(file, "", text, hint=hint)
+
+
 class Opener:
     """Opens what a descriptor names.  `files` grows; the caller closes it if anything is raised."""
 
-    def __init__(self, file: HostFile, descriptor: Descriptor, options: Options) -> None:
+    def __init__(
+        self, file: HostFile, descriptor: Descriptor, options: Options, *, lenient: bool = False
+    ) -> None:
         self.files = [file]
+        self._lenient = lenient
         self._file, self._descriptor, self._options = file, descriptor, options
         self._numbers: dict[str, int] = {}  # of files by the name in the descriptor
         self._sparse: set[int] = set()
@@ -115,7 +190,7 @@ class Opener:
         if line.type in (FLAT, VMFS):
             if number in self._sparse:
                 raise Corrupt(self._file, line.place, f"{file} is a sparse extent too")
-            if file.writable and line.offset + line.size > file.size:
+            if file.writable and not self._lenient and line.offset + line.size > file.size:
                 text = f"{line.size} bytes from {line.offset} on, {file} ends at {file.size}"
                 raise Corrupt(self._file, line.place, text, hint="--read-only")
             shared = file.writable and line.access != READ_WRITE
@@ -127,7 +202,7 @@ class Opener:
             raise Corrupt(self._file, line.place, f"{file} is another extent too")
         self._sparse.add(number)
         part = self._opened(line, number, start, end)
-        if file.writable and line.access != READ_WRITE:
+        if file.writable and line.access != READ_WRITE and not self._lenient:
             text = f"{line.access} for a {line.type} extent: not written"
             raise Unsupported(self._file, line.place, text, hint="--read-only")
         return part
@@ -141,11 +216,13 @@ class Opener:
         else:
             magic = file.pread_padded(0, 4)
             # Some programs write SPARSE for a COWD extent; the file knows better.
-            known = {vmdk_sparse.MAGIC: SparseExtent, vmdk_cowd.MAGIC: vmdk_cowd.CowdExtent}
-            if magic not in known:
+            if magic == vmdk_cowd.MAGIC:
+                part.tables = vmdk_cowd.CowdExtent(file, number, start)
+            elif magic == vmdk_sparse.MAGIC:
+                part.tables = SparseExtent(file, number, start, lenient=self._lenient)
+            else:
                 text = f"{line.type} extent without a signature: {magic!r}"
                 raise NotAnImage(file, "header+0", text)
-            part.tables = known[magic](file, number, start)
             capacity = part.tables.capacity
         if capacity < end - start:
             text = f"{line.size} bytes, {file} has {capacity}"
@@ -169,11 +246,6 @@ class Opener:
         self.files.append(opened)
         number = self._numbers[line.names[0]] = len(self.files) - 1
         return number
-
-
-def single(extent: SparseExtent) -> list[Part]:
-    """A file that is descriptor and extent at once."""
-    return [Part(0, extent.capacity, Kind.PARTIAL, 0, tables=extent)]
 
 
 SUFFIXES = ("-flat", "-delta", "-sesparse", "-s", "-f")

@@ -59,7 +59,7 @@ class SparseExtent(Tables):
 
     kind = "sparse"
 
-    def __init__(self, file: HostFile, number: int, start: int) -> None:
+    def __init__(self, file: HostFile, number: int, start: int, *, lenient: bool = False) -> None:
         super().__init__(file, number, start)
         raw = file.pread(0, SECTOR)
         place = "header"
@@ -92,26 +92,30 @@ class SparseExtent(Tables):
         self.per_table = header.entries_per_table
         self.capacity = header.capacity * SECTOR
         self.overhead: int = header.overhead
+        first = self.overhead * SECTOR
+        self._first_grain = first if first <= file.size else 0
         self.descriptor_at: int = header.descriptor_offset * SECTOR
         self.descriptor_room: int = (
             header.descriptor_size * SECTOR if header.descriptor_offset else 0
         )
+        self.lost_redundant = ""  # what is wrong with the second directory
         self.directory_at = header.directory_offset * SECTOR
         self.directory = self.read_directory(self.directory_at, "grain directory", f"{place}+56")
         if header.flags & REDUNDANT and not self.compressed:
             self.redundant_at = header.redundant_offset * SECTOR
-            self._read_redundant(f"{place}+48")
+            self._read_redundant(f"{place}+48", lenient)
 
-    def _read_redundant(self, place: str) -> None:
+    def _read_redundant(self, place: str, lenient: bool) -> None:
         assert self.redundant_at is not None
         try:
             self.redundant = self.read_directory(
                 self.redundant_at, "redundant grain directory", place
             )
-        except Corrupt:
-            if self.file.writable:
+        except Corrupt as error:
+            if self.file.writable and not lenient:
                 raise
             self.redundant_at = None  # the first copy is whole
+            self.lost_redundant = error.text
 
     def _check_flags(self, header: Any, place: str) -> None:
         file = self.file
@@ -159,7 +163,8 @@ class SparseExtent(Tables):
         return self.file.pread(self.descriptor_at, self.descriptor_room)
 
     def fixed_end(self) -> int:
-        return self.descriptor_at + self.descriptor_room
+        """qemu does not open a file that ends before its first grain could begin."""
+        return max(self.descriptor_at + self.descriptor_room, self._first_grain)
 
     def header_writes(self, *, unclean: bool, end: int) -> list[Step]:
         self._header[UNCLEAN_AT] = unclean
@@ -172,9 +177,25 @@ class SparseExtent(Tables):
         sector = self.entry(grain)
         if not self.is_grain(sector):
             raise Corrupt(self.file, f"grain {grain}", "not compressed")
+        place = f"grain {grain} at {sector * SECTOR}"
+        at, length = self.marker(grain, sector)
+        length = min(length, max(0, self.file.size - at))
+        try:
+            data = zlib.decompressobj().decompress(self.file.pread(at, length), self.grain)
+        except zlib.error as error:
+            raise Corrupt(self.file, place, str(error)) from error
+        wanted = min(self.grain, self.capacity - grain * self.grain)
+        if len(data) < wanted:
+            raise Corrupt(self.file, place, f"{len(data)} bytes, expected {wanted}")
+        return data.ljust(self.grain, b"\0")
+
+    def marker(self, grain: int, sector: int) -> tuple[int, int]:
+        """Where a compressed grain's bytes begin, and how many there are at the most."""
         at = sector * SECTOR
         place = f"grain {grain} at {at}"
         length = 2 * self.grain  # incompressible data becomes longer
+        if at < self.header_size or at >= self.file.size:
+            raise Corrupt(self.file, place, f"the file ends at {self.file.size}")
         if self.markers:
             marker = self.file.pread(at, MARKER_SIZE)
             start = int.from_bytes(marker[:8], "little")
@@ -185,12 +206,4 @@ class SparseExtent(Tables):
             if not 0 < length <= 2 * self.grain + SECTOR:
                 raise Corrupt(self.file, place, f"{length} compressed bytes for {self.grain}")
             at += MARKER_SIZE
-        length = min(length, max(0, self.file.size - at))
-        try:
-            data = zlib.decompressobj().decompress(self.file.pread(at, length), self.grain)
-        except zlib.error as error:
-            raise Corrupt(self.file, place, str(error)) from error
-        wanted = min(self.grain, self.capacity - grain * self.grain)
-        if len(data) < wanted:
-            raise Corrupt(self.file, place, f"{len(data)} bytes, expected {wanted}")
-        return data.ljust(self.grain, b"\0")
+        return at, length
