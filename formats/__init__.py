@@ -22,6 +22,7 @@ TABLE = {
     "cloop": "virtmount.formats.cloop:Cloop",
     "ewf": "virtmount.formats.ewf:EWF",
     "vmdk": "virtmount.formats.vmdk:VMDK",
+    "ova": "virtmount.formats.ova:OVA",
     "raw": "virtmount.formats.raw:Raw",
 }
 ALIASES = {"img": "raw", "vpc": "vhd"}

@@ -43,14 +43,18 @@ SPARSE = content(201, GRAIN)
 
 
 def read(path: Path, **how: object) -> bytes:
+    return read_as(path, "vmdk", **how)
+
+
+def read_as(path: Path, format: str, **how: object) -> bytes:
     """All of it by the engine, after the reference engine has said the same."""
-    chain = open_chain(path, "vmdk", **how)  # type: ignore[arg-type]
+    chain = open_chain(path, format, **how)  # type: ignore[arg-type]
     try:
         disk = Reference(chain.images)
         said = disk.pread(0, disk.size)
     finally:
         chain.close()
-    with virtmount.open(path, "vmdk", **how) as opened:  # type: ignore[arg-type]
+    with virtmount.open(path, format, **how) as opened:  # type: ignore[arg-type]
         found = b"".join(
             opened.pread(at, min(MIB, opened.size - at)) for at in range(0, opened.size, MIB)
         )
