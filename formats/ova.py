@@ -19,7 +19,6 @@ from virtmount.formats import vmdk_sparse
 from virtmount.formats.vmdk import VMDK
 from virtmount.hostfile import HostFile
 from virtmount.image import DEFAULTS, Extent, Image, Kind, Leaf, Match, Options, Span
-from virtmount.patches import Patches
 
 BLOCK = 512
 MAX_MEMBERS = 4096
@@ -48,7 +47,6 @@ class Window(HostFile):
         self.locked = file.locked
         self.is_device = False
         self.fd = file.fd
-        self._patches = Patches()
         self._file, self._start, self._length = file, start, length
 
     @property
