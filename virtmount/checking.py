@@ -110,6 +110,10 @@ def _driver(file: HostFile, format: str | None) -> type[Image]:
     if not driver.checks:
         text = f"{driver.name} images cannot be checked"
         raise CannotCheck(file, "", text)
+    if not format and driver.name == "raw":
+        # What is left of an image whose header was lost looks like this too.
+        text = "not known by its content, and in a raw image nothing can be wrong"
+        raise CannotCheck(file, "", text, hint="say --format")
     return driver
 
 

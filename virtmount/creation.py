@@ -83,10 +83,13 @@ def driver_for(path: str | os.PathLike[str], format: str | None) -> type[Image]:
             raise Unsupported(path, "", text)
         return driver
     suffix = os.path.splitext(os.fspath(path))[1].removeprefix(".").lower()
-    for driver in creating():
-        if suffix in driver.suffixes:
-            return driver
-    known = ", ".join(f".{driver.suffixes[0]}" for driver in creating() if driver.suffixes)
+    able = creating()
+    # A suffix may be the usual one of one format, and a seldom one of another.
+    for usual in (True, False):
+        for driver in able:
+            if suffix in (driver.suffixes[:1] if usual else driver.suffixes):
+                return driver
+    known = ", ".join(f".{driver.suffixes[0]}" for driver in able if driver.suffixes)
     text = f"no format has the suffix {suffix!r}, know {known}" if suffix else "no suffix"
     raise Unsupported(path, "", text, hint="say --format")
 

@@ -136,7 +136,7 @@ class Staging:
         except FileNotFoundError:
             return
         for source in self._never:
-            if os.path.exists(source) and os.path.samefile(source, path):
+            if _same(source, path):
                 raise VirtmountError(path, "", "is what is read from: not replaced")
         if not self._overwrite:
             raise _exists(path)
@@ -144,6 +144,13 @@ class Staging:
             raise VirtmountError(path, "", "is not a regular file: not replaced")
         # Locked until it is replaced, so that it is nobody's disk.
         self._held.append(HostFile(path, writable=True))
+
+
+def _same(path: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except FileNotFoundError:  # a link that leads nowhere
+        return False
 
 
 def _exists(path: Path) -> VirtmountError:

@@ -248,6 +248,18 @@ def test_second_file_is_not_replaced_either(tmp_path: Path, pair: None) -> None:
     assert names(tmp_path) == {"disk-2.img"}
 
 
+def test_second_file_over_a_link_that_leads_nowhere(tmp_path: Path, pair: None) -> None:
+    (tmp_path / "disk-2.img").symlink_to("nowhere")
+    base = tmp_path / "base.img"
+    base.write_bytes(b"x")
+    with (
+        staging.Staging(tmp_path / "disk.img", overwrite=True, never=[base]) as place,
+        pytest.raises(VirtmountError, match="not a regular file"),
+    ):
+        place.add("disk-2.img")
+    assert names(tmp_path) == {"disk-2.img", "base.img"}
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x"])
 def test_file_names_lead_nowhere_else(tmp_path: Path, name: str) -> None:
     with staging.Staging(tmp_path / "disk.img") as place, pytest.raises(VirtmountError):

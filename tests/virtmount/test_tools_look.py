@@ -58,10 +58,15 @@ def test_sound_images_of_every_format(tmp_path: Path, form: str) -> None:
     else:
         qemu_img("convert", "-O", QEMU.get(form, form), raw, image)
     before = image.read_bytes()
-    for repair in (Repair.NOTHING, Repair.ALL):
-        found = checking.check(image, form, repair=repair)
-        assert (found.exit_code, found.findings) == (0, [])
+    found = checking.check(image, form)
     assert image.read_bytes() == before
+    for repair in (Repair.LEAKS, Repair.ALL):
+        mended = checking.check(image, form, repair=repair)
+        assert mended.exit_code == 0
+        assert compare(raw, image, second_format=form).same
+    # qemu's VHDX lack a flag: worth a note, no more.
+    assert found.exit_code == 0
+    assert {entry.severity for entry in found.findings} <= {Severity.NOTE}
 
 
 class Checked(Toy):
@@ -217,6 +222,20 @@ def test_raw_ends_inside_a_sector(tmp_path: Path) -> None:
     assert found.exit_code == 0
     assert [finding.severity for finding in found.findings] == [Severity.NOTE]
     assert path.read_bytes() == b"x" * 1000
+
+
+def test_what_looks_raw_is_not_called_sound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image without its header."""
+    path = tmp_path / "disk.vdi"
+    create(path, MIB)
+    with open(path, "r+b") as file:
+        file.write(bytes(512))
+    assert cli.main(["check", str(path)]) == 63
+    assert "say --format" in capsys.readouterr().err
+    assert cli.main(["check", "-f", "vdi", str(path)]) == 1
+    assert cli.main(["check", "-f", "raw", str(path)]) == 0
 
 
 # compare
