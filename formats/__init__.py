@@ -14,6 +14,7 @@ from virtmount.image import Image, Match
 # name -> module:class.  Strong magics first, raw last: raw takes everything.
 TABLE = {
     "qcow2": "virtmount.formats.qcow2:QCOW2",
+    "qcow": "virtmount.formats.qcow:QCOW",
     "vhdx": "virtmount.formats.vhdx:VHDX",
     "vhd": "virtmount.formats.vhd:VHD",
     "vdi": "virtmount.formats.vdi:VDI",
@@ -31,7 +32,6 @@ RAW_NAMES = (".img", ".raw", ".dd", ".bin", ".iso")
 # Known by name only, so that they are refused by name and never served as raw.
 # (offset, from the end where negative; magic; name)
 FOREIGN = (
-    (0, b"QFI\xfb\x00\x00\x00\x01", "QCOW (version 1)"),
     (0, b"QED\0", "QED"),
     (0, b"WithoutFreeSpace", "Parallels"),
     (0, b"WithouFreSpacExt", "Parallels"),

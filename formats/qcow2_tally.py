@@ -1,6 +1,7 @@
 """How often each host cluster of a QCOW2 image is referred to, and the same as reference counts.
 
-Source: qemu's docs/interop/qcow2.rst, "Host cluster management".  Used by qcow2_check.py only.
+Source: qemu's docs/interop/qcow2.rst, "Host cluster management".  Used by the checks of
+QCOW2 and of QCOW.
 
 One byte a cluster: that is all the memory that grows with the file.  Untouched parts of it take
 none, so a file that is long but empty costs nothing.
@@ -9,6 +10,7 @@ none, so a file that is long but empty costs nothing.
 from __future__ import annotations
 
 import mmap
+import re
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ _NUMBER = bytes(value & MANY for value in range(256))
 _NEXT = bytes(value + 1 if value < MANY else MANY for value in range(128)) + bytes(128)
 _CODES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 STRIDE = 1 << 20
+_USED = re.compile(rb"[^\0]")
 
 
 class Tally:
@@ -84,16 +87,31 @@ class Tally:
             at = part.find(MANY, at + 1)
         return found
 
-    def last(self) -> int:
-        """The highest cluster that is referred to, -1 where none is."""
+    def free(self, first: int, count: int) -> bool:
+        """Whether nothing refers to these clusters, and no table lies in them."""
+        return self._bytes[first : first + count].count(0) == count
+
+    def last_used(self) -> int:
+        """The highest cluster that is not free, -1 where none is."""
         at = self._length
         while at > 0:
             low = max(0, at - STRIDE)
-            part = self._bytes[low:at].translate(_NUMBER).rstrip(b"\0")
+            part = self._bytes[low:at].rstrip(b"\0")
             if part:
                 return low + len(part) - 1
             at = low
         return -1
+
+    def unused(self, end: int) -> Iterator[tuple[int, int]]:
+        """(first, count) of the free clusters below `end`."""
+        at, end = 0, min(end, self._length)
+        while at < end:
+            first = self._bytes.find(b"\0", at, end)
+            if first < 0:
+                return
+            match = _USED.search(self._bytes, first, end)
+            at = match.start() if match else end
+            yield first, at - first
 
 
 def encode(numbers: Sequence[int], width: int) -> bytes:
@@ -130,9 +148,3 @@ def decode(raw: bytes, width: int) -> Sequence[int]:
     if sys.byteorder == "little":
         counts.byteswap()
     return counts
-
-
-def runs(length: int, stride: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of pieces of 0 … length-1."""
-    for at in range(0, length, stride):
-        yield at, min(stride, length - at)

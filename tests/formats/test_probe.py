@@ -35,14 +35,14 @@ def write(path: Path, size: int, *pieces: tuple[int, bytes]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("format", ["qcow2", "vhdx", "vpc", "vdi", "vmdk", "raw"])
+@pytest.mark.parametrize("format", ["qcow2", "qcow", "vhdx", "vpc", "vdi", "vmdk", "raw"])
 def test_what_qemu_img_made(tmp_path: Path, format: str) -> None:
     path = tmp_path / "disk"
     subprocess.run(["qemu-img", "create", "-q", "-f", format, path, "4M"], check=True)
     assert driver_of(path) is load(format)
 
 
-@pytest.mark.parametrize("format", ["qcow", "qed", "parallels"])
+@pytest.mark.parametrize("format", ["qed", "parallels"])
 def test_what_qemu_img_made_in_a_format_that_we_do_not_know(tmp_path: Path, format: str) -> None:
     path = tmp_path / "disk"
     subprocess.run(["qemu-img", "create", "-q", "-f", format, path, "4M"], check=True)
@@ -119,7 +119,7 @@ def test_an_unknown_version_is_not_raw(tmp_path: Path, version: int) -> None:
         (((0, b"QFI\xfb\0\0\0\3"), (64, VDI_SIGNATURE)), "qcow2 and vdi"),
         (((0, b"KDMV"), (64, VDI_SIGNATURE)), "vdi and vmdk"),
         (((0, b"sprs"), (64, VDI_SIGNATURE)), "vdi and Apple sparse image"),
-        (((0, b"QFI\xfb\0\0\0\1"), (64, VDI_SIGNATURE)), r"vdi and QCOW \(version 1\)"),
+        (((0, b"QFI\xfb\0\0\0\1"), (64, VDI_SIGNATURE)), "qcow and vdi"),
     ],
 )
 def test_one_image_written_into_another_is_refused(
@@ -131,7 +131,7 @@ def test_one_image_written_into_another_is_refused(
     assert raised.value.hint == "say which with --format"
 
 
-@pytest.mark.parametrize("format", ["qcow2", "vhdx", "vdi"])
+@pytest.mark.parametrize("format", ["qcow2", "qcow", "vhdx", "vdi"])
 def test_what_the_guest_wrote_at_the_end_does_not_matter(tmp_path: Path, format: str) -> None:
     """The last bytes of the file are often the guest's."""
     path = tmp_path / "disk"
