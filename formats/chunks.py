@@ -77,6 +77,10 @@ class Chunked(Image):
         """The `length` bytes of a COMPRESSED chunk.  Corrupt or OSError."""
 
     def leaf(self, index: int) -> Leaf:
+        start = index * LEAF * self.cluster_size
+        end = min(start + LEAF * self.cluster_size, self.size)
+        if next(self.chunks(start, end), None) is None:
+            return Leaf(kind=Kind.ZERO)
         return Leaf(kind=Kind.PARTIAL)
 
     def slow(self, cluster: int) -> Sequence[Extent]:
