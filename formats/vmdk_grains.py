@@ -162,6 +162,7 @@ class Tables(ABC):
         self._mapped_end = 0  # of grains and of what was there at the beginning
         self._begun = False
         self._different: dict[int, bytes] = {}  # merged tables by index
+        self._second = array("I")  # what only the copies named, and nobody uses
         self._single: list[tuple[array[int], int, int]] = []  # directory, index, the copy's sector
 
     # Reading
@@ -288,6 +289,11 @@ class Tables(ABC):
             return
         merged = merge(first, second)
         self._different[index] = merged
+        self._second.extend(
+            other
+            for taken, other in zip(unpacked(merged), unpacked(second), strict=True)
+            if other != taken and self.is_grain(other)
+        )
         if merged != first:
             self.file.patch(at, merged)
 
@@ -352,7 +358,24 @@ class Tables(ABC):
                     f"{overlap.first * SECTOR}: not written"
                 )
                 raise Corrupt(self.file, f"grain table {index} at {at}", text, hint=hint) from None
+        if claims is not None and self._second:
+            self._take_second(claims, limit)
         return end
+
+    def _take_second(self, claims: Claims, limit: int) -> None:
+        """Grains of a session that was cut off, which now belong to nobody, are spare ones."""
+        metadata = [*self.metadata(), (0, self.fixed_end())]
+        for sector in self._second:
+            start = sector * SECTOR
+            end = start + self.grain
+            if sector >= limit or any(o < end and start < o + n for o, n in metadata):
+                continue
+            try:
+                claims.take(array("I", [sector]))
+            except Overlap:
+                continue
+            self._spare.append((start, self.grain))
+        del self._second[:]
 
     def fixed_end(self) -> int:
         """Where what is in the file for good ends at the least (a descriptor)."""
