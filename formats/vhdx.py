@@ -35,16 +35,14 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
-from uuid import UUID
 
 from virtmount.errors import Corrupt, NeedsRecovery, Unsupported
 from virtmount.formats import vhdx_bat as bat
-from virtmount.formats import vhdx_change, vhdx_create, vhdx_locator
+from virtmount.formats import vhdx_change, vhdx_check, vhdx_create, vhdx_locator
 from virtmount.formats import vhdx_header as headers
-from virtmount.formats.vhdx_bat import ENTRY, PARTIAL, PRESENT, STATE, ZERO, Table, runs
-from virtmount.formats.vhdx_header import MIB, NIL, Header, Region
-from virtmount.formats.vhdx_journal import Journal, apply_in_memory
-from virtmount.formats.vhdx_log import Replay, find_replay
+from virtmount.formats.vhdx_bat import ENTRY, PARTIAL, PRESENT, STATE, ZERO, runs
+from virtmount.formats.vhdx_header import MIB, NIL, Region
+from virtmount.formats.vhdx_journal import Journal, apply_in_memory, find_log
 from virtmount.hostfile import HostFile
 from virtmount.image import (
     DEFAULTS,
@@ -65,7 +63,7 @@ from virtmount.image import (
     last_place,
 )
 from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate
-from virtmount.upkeep import Choice, New
+from virtmount.upkeep import Choice, Finding, New, Progress, Repair
 
 MAX_LEAF = 4096  # entries
 FLAT_ENTRIES = 1 << 16  # of a fixed disk's BAT that is read to see whether all lies in order
@@ -80,6 +78,7 @@ class VHDX(Image):
     name: ClassVar[str] = "vhdx"
     choices: ClassVar[Mapping[str, Choice]] = vhdx_create.CHOICES
     creates: ClassVar[bool] = True
+    checks: ClassVar[bool] = True
     suffixes: ClassVar[tuple[str, ...]] = ("vhdx", "avhdx")
 
     @classmethod
@@ -95,10 +94,10 @@ class VHDX(Image):
         if self.replay:
             apply_in_memory(file, self.replay)
         self.regions, self._region_table = headers.read_regions(file)
-        self.taken = taken_regions(self.header, self.regions)
+        self.taken = headers.taken_regions(self.header, self.regions)
         headers.check_overlaps(file, self.taken[1:])
         self.disk = disk = headers.read_disk(file, self.regions[headers.METADATA])
-        self.table = open_table(file, disk, self.regions[headers.BAT])
+        self.table = bat.open_table(file, disk, self.regions[headers.BAT])
 
         self.variant = "differencing" if disk.has_parent else "fixed" if disk.fixed else "dynamic"
         self.size = disk.size
@@ -198,7 +197,10 @@ class VHDX(Image):
             "data_write_guid": str(header.data_write_guid),
         }
         if self._locator:
-            found["parent_locator"] = dict(self._locator.values)
+            for key in vhdx_locator.KEYS:
+                if key in self._locator.values:
+                    text = self._locator.values[key]
+                    found[key] = "".join(c for c in text if c.isprintable())
         return found
 
     def _read_locator(self, options: Options) -> vhdx_locator.Locator | None:
@@ -218,7 +220,7 @@ class VHDX(Image):
         found = []
         for chunk in self.table.partial_chunks():
             self._partial = True
-            host = find_bitmap(self.table, chunk, self.taken)
+            host = bat.find_bitmap(self.table, chunk, self.taken)
             if host is not None:
                 self._bitmaps[chunk] = host
                 found.append(Region(f"sector bitmap {chunk}", host, bat.BITMAP))
@@ -475,6 +477,12 @@ class VHDX(Image):
     def create(cls, new: New) -> Plan:
         return vhdx_create.create(new)
 
+    @classmethod
+    def check(
+        cls, file: HostFile, options: Options, repair: Repair
+    ) -> Iterator[Finding | Plan | Progress]:
+        return vhdx_check.Check(file, repair).run()
+
     def resize(self, size: int) -> Plan:
         self._refuse_changed_data()
         return vhdx_change.resize(self, size)
@@ -522,39 +530,3 @@ class Ranges:
     def touch(self, offset: int, length: int) -> bool:
         i = bisect_left(self._starts, offset + length)
         return i > 0 and self._ends[i - 1] > offset
-
-
-def find_log(file: HostFile, header: Header) -> Replay | None:
-    """What must be replayed before anything but the headers is read."""
-    if header.log_guid == NIL:
-        return None
-    return find_replay(file, header.log_offset, header.log_length, header.log_guid)
-
-
-def taken_regions(header: Header, regions: Mapping[UUID, Region]) -> list[Region]:
-    """Where no block can lie, the header section first."""
-    taken = [Region("header section", 0, headers.HEADER_SECTION), *regions.values()]
-    if header.log_length:
-        taken.append(Region("log", header.log_offset, header.log_length))
-    return taken
-
-
-def open_table(file: HostFile, disk: headers.Disk, region: Region) -> Table:
-    table = Table(file, region.offset, disk.blocks, disk.chunk, disk.block_size, disk.has_parent)
-    if table.length > region.length:
-        text = f"{region.length} bytes, {table.length} needed for {table.blocks} blocks"
-        raise Corrupt(file, f"BAT at {region.offset}", text)
-    return table
-
-
-def find_bitmap(table: Table, chunk: int, taken: Sequence[Region]) -> int | None:
-    """Where the sector bitmap block of a chunk lies, if it lies where one can."""
-    place = table.bitmap_place(chunk)
-    entry = int.from_bytes(table.file.pread(place, ENTRY), "little")
-    host = entry >> 20 << 20
-    end = host + bat.BITMAP
-    if entry & STATE != PRESENT or host < MIB or end > table.file.size:
-        return None
-    if any(host < region.end and region.offset < end for region in taken):
-        return None
-    return host

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from virtmount.errors import Corrupt
-from virtmount.formats.vhdx_header import MIB, Region
+from virtmount.formats.vhdx_header import MIB, Disk, Region
 from virtmount.hostfile import HostFile
 from virtmount.image import Run
 
@@ -152,6 +152,27 @@ def count_entries(blocks: int, chunk: int, has_parent: bool) -> int:
     if has_parent:
         return -(-blocks // chunk) * (chunk + 1)
     return blocks + (blocks - 1) // chunk
+
+
+def open_table(file: HostFile, disk: Disk, region: Region) -> Table:
+    table = Table(file, region.offset, disk.blocks, disk.chunk, disk.block_size, disk.has_parent)
+    if table.length > region.length:
+        text = f"{region.length} bytes, {table.length} needed for {table.blocks} blocks"
+        raise Corrupt(file, f"BAT at {region.offset}", text)
+    return table
+
+
+def find_bitmap(table: Table, chunk: int, taken: Sequence[Region]) -> int | None:
+    """Where the sector bitmap block of a chunk lies, if it lies where one can."""
+    place = table.bitmap_place(chunk)
+    entry = int.from_bytes(table.file.pread(place, ENTRY), "little")
+    host = entry >> 20 << 20
+    end = host + BITMAP
+    if entry & STATE != PRESENT or host < MIB or end > table.file.size:
+        return None
+    if any(host < region.end and region.offset < end for region in taken):
+        return None
+    return host
 
 
 @dataclass(slots=True)

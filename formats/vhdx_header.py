@@ -148,6 +148,16 @@ def pack_regions(regions: Sequence[tuple[UUID, int, int]]) -> bytes:
     return sealed(raw.ljust(TABLE_SIZE, b"\0"))
 
 
+def all_required(table: bytes) -> bytes:
+    """A region table that marks the BAT and the metadata region as required."""
+    raw = bytearray(table)
+    count = RegionTableHeader.parse(table).entry_count
+    for at in range(RegionTableHeader.sizeof(), len(raw), REGION.size)[:count]:
+        if raw[at : at + 16] in (BAT.bytes_le, METADATA.bytes_le):
+            raw[at + 28] |= 1
+    return sealed(bytes(raw))
+
+
 def pack_items(items: Sequence[tuple[UUID, bytes, int]]) -> bytes:
     """The used part of a metadata region: (GUID, bytes, flags)."""
     table: bytes = MetadataTableHeader.build({"entry_count": len(items)})
@@ -220,23 +230,30 @@ def read_creator(file: HostFile) -> str:
     return "".join(c for c in text if c.isprintable())
 
 
-def read_headers(file: HostFile) -> tuple[Header, int]:
-    """The current header and whether it is the first (0) or the second (1)."""
+def parse_headers(file: HostFile) -> tuple[list[Header | None], list[str]]:
+    """Both headers, None for one that does not count, and what is wrong with those."""
     found: list[Header | None] = []
     complaints = []
     for number, offset in enumerate(HEADER_OFFSETS, 1):
         raw = file.pread_padded(offset, HeaderRecord.sizeof())
-        stored, computed = int.from_bytes(raw[4:8], "little"), checksum(raw)
-        if raw[:4] != b"head":
-            complaints.append(f"header {number} at {offset}: signature {raw[:4]!r}")
-            found.append(None)
-        elif stored != computed:
-            text = f"header {number} at {offset}: checksum {stored:08x}, computed {computed:08x}"
-            complaints.append(text)
-            found.append(None)
-        else:
-            found.append(_header(raw))
-    first, second = found
+        complaint = _complaint(raw, b"head")
+        if complaint:
+            complaints.append(f"header {number} at {offset}: {complaint}")
+        found.append(None if complaint else _header(raw))
+    return found, complaints
+
+
+def _complaint(raw: bytes, signature: bytes) -> str:
+    """What is wrong with a structure that has a signature and a checksum, if anything is."""
+    stored, computed = int.from_bytes(raw[4:8], "little"), checksum(raw)
+    if raw[:4] != signature:
+        return f"signature {raw[:4]!r}"
+    return "" if stored == computed else f"checksum {stored:08x}, computed {computed:08x}"
+
+
+def read_headers(file: HostFile) -> tuple[Header, int]:
+    """The current header and whether it is the first (0) or the second (1)."""
+    (first, second), complaints = parse_headers(file)
     if first and second and first.sequence == second.sequence and first != second:
         text = f"both have sequence number {first.sequence}, but they differ"
         raise Corrupt(file, "headers at 65536 and 131072", text)
@@ -288,18 +305,25 @@ def check_region(file: HostFile, region: Region, place: str) -> None:
         raise Corrupt(file, place, f"{name} ends at {region.end}, the file at {file.size}")
 
 
-def read_regions(file: HostFile) -> tuple[dict[UUID, Region], int]:
-    """All regions, and which of the two tables they were read from (1 or 2)."""
+def read_region_tables(file: HostFile) -> tuple[list[bytes | None], list[str]]:
+    """Both region tables, None for one that does not count, and what is wrong with those."""
+    found: list[bytes | None] = []
     complaints = []
     for number, offset in enumerate(REGION_TABLE_OFFSETS, 1):
-        place = f"region table {number} at {offset}"
         raw = file.pread_padded(offset, TABLE_SIZE)
-        stored, computed = int.from_bytes(raw[4:8], "little"), checksum(raw)
-        if raw[:4] != b"regi":
-            complaints.append(f"{place}: signature {raw[:4]!r}")
-        elif stored != computed:
-            complaints.append(f"{place}: checksum {stored:08x}, computed {computed:08x}")
-        else:
+        complaint = _complaint(raw, b"regi")
+        if complaint:
+            complaints.append(f"region table {number} at {offset}: {complaint}")
+        found.append(None if complaint else raw)
+    return found, complaints
+
+
+def read_regions(file: HostFile) -> tuple[dict[UUID, Region], int]:
+    """All regions, and which of the two tables they were read from (1 or 2)."""
+    tables, complaints = read_region_tables(file)
+    for number, raw in enumerate(tables, 1):
+        if raw is not None:
+            place = f"region table {number} at {REGION_TABLE_OFFSETS[number - 1]}"
             return _regions(file, raw, place), number
     raise Corrupt(file, "", "; ".join(complaints))
 
@@ -323,6 +347,14 @@ def _regions(file: HostFile, raw: bytes, place: str) -> dict[UUID, Region]:
         if guid not in regions:
             raise Corrupt(file, place, f"no {name}")
     return regions
+
+
+def taken_regions(header: Header, regions: Mapping[UUID, Region]) -> list[Region]:
+    """Where no block can lie, the header section first."""
+    taken = [Region("header section", 0, HEADER_SECTION), *regions.values()]
+    if header.log_length:
+        taken.append(Region("log", header.log_offset, header.log_length))
+    return taken
 
 
 def check_overlaps(file: HostFile, regions: Sequence[Region]) -> None:

@@ -19,7 +19,7 @@ from uuid import UUID, uuid4
 from virtmount.errors import Corrupt, Unsupported
 from virtmount.formats import vhdx_header as headers
 from virtmount.formats.vhdx_header import MIB, NIL, Header
-from virtmount.formats.vhdx_log import ENTRY_CHANGES, LogWriter, Replay
+from virtmount.formats.vhdx_log import ENTRY_CHANGES, LogWriter, Replay, find_replay
 from virtmount.hostfile import HostFile
 from virtmount.plan import Barrier, Extend, Punch, Step, Write
 
@@ -139,3 +139,10 @@ def apply_in_memory(file: HostFile, found: Replay) -> None:
             file.patch_zeros(change.offset, change.length)
         else:
             file.patch(change.offset, change.data)
+
+
+def find_log(file: HostFile, header: Header) -> Replay | None:
+    """What must be replayed before anything but the headers is read."""
+    if header.log_guid == NIL:
+        return None
+    return find_replay(file, header.log_offset, header.log_length, header.log_guid)

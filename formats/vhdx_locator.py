@@ -28,6 +28,7 @@ from virtmount.image import Image
 TYPE = UUID("B04AEFB7-D19E-4A81-B789-25B8E9445913")
 LINKAGE = "parent_linkage"
 RELATIVE, VOLUME, ABSOLUTE = "relative_path", "volume_path", "absolute_win32_path"
+KEYS = (LINKAGE, "parent_linkage2", RELATIVE, VOLUME, ABSOLUTE)
 MAX_KEYS = 64  # Windows writes five
 MAX_VALUE = 0xFFFF  # bytes
 

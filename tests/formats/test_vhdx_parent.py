@@ -187,7 +187,7 @@ def test_identity_and_names(tmp_path: Path) -> None:
         assert image.parent.identity == str(PARENT)
         assert image.parent.format == "vhdx"
         assert image.identity == str(CHILD)
-        assert image.details()["parent_locator"]["relative_path"] == ".\\parent.vhdx"
+        assert image.details()["relative_path"] == ".\\parent.vhdx"
 
 
 @pytest.mark.parametrize(
