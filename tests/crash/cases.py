@@ -25,10 +25,12 @@ from tests.crash.workload import Mix, patterns
 from tests.reference import Reference
 from virtmount import hostfile
 from virtmount.formats import load
+from virtmount.formats.qcow2 import QCOW2
 from virtmount.hostfile import HostFile
-from virtmount.image import Image, Kind, extents
+from virtmount.image import Image, Kind, Options, extents
 from virtmount.plan import Plan
 
+SNAPSHOT = "kept"
 BASE_WRITES = 1_000_000  # numbers of the writes that made what is there before the workload
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -44,6 +46,7 @@ class Case:
     options: tuple[str, ...] = ()  # qemu-img create -o
     parent: bool = False
     compressed: bool = False
+    snapshot: bool = False  # taken before the workload; it must not change
     before: tuple[str, ...] = ()  # what qemu-io does to the image first
     filled: int = 0  # bytes of data that are there before, as far as the host file goes
     sector: int = 512
@@ -111,6 +114,36 @@ CASES = (
         64 * KIB,
         ("preallocation=metadata",),
         before=("write -P 7 1M 2M", "write -z 1M 512k", "discard 2M 256k"),
+    ),
+    Case(
+        "qcow2-snapshot",
+        "qcow2",
+        4 * MIB,
+        64 * KIB,
+        before=("write -P 7 0 2M", "write -P 9 3M 300k"),
+        snapshot=True,
+        share=0.5,
+    ),
+    Case(
+        "qcow2-snapshot-4k",  # several L2 tables are shared as well
+        "qcow2",
+        4 * MIB,
+        4 * KIB,
+        ("cluster_size=4k",),
+        before=("write -P 7 0 2M", "write -P 9 3M 300k"),
+        snapshot=True,
+        share=0.25,
+    ),
+    Case("qcow2-extended", "qcow2", 4 * MIB, 64 * KIB, ("extended_l2=on",), share=0.5),
+    Case(
+        "qcow2-extended-parent",
+        "qcow2",
+        2 * MIB,
+        16 * KIB,
+        ("extended_l2=on,cluster_size=16k",),
+        parent=True,
+        before=("write -P 7 1M 10k", "write -z 1100k 2k", "write -P 8 300k 1k"),
+        share=0.5,
     ),
     Case("raw", "raw", 2 * MIB, 64 * KIB, foreign=False),
     Case("vdi-fixed", "vdi", 4 * MIB, MIB, ("static=on",), mix=_SPARSE),
@@ -199,9 +232,18 @@ class Made:
             return Findings()
         if self.case.format == "vhdx":
             return check_vhdx(store, before.size)
-        return {"qcow2": check_qcow2, "vdi": check_vdi, "vmdk": check_vmdk, "vpc": check_vhd}[
+        return {"qcow2": self._check_qcow2, "vdi": check_vdi, "vmdk": check_vmdk, "vpc": check_vhd}[
             self.case.format
         ](store)
+
+    def _check_qcow2(self, store: Store) -> Findings:
+        found = check_qcow2(store)
+        if self.case.snapshot:
+            file = SimulatedFile(store, name=self.case.name, writable=False)
+            kept = content_of([QCOW2(file, Options(snapshot=SNAPSHOT))])
+            if kept.read(0, self.case.size) != self.content.read(0, self.case.size):
+                found.wrong.append("the snapshot has changed")
+        return found
 
     def images(self, file: SimulatedFile) -> Sequence[Image]:
         images: list[Image] = [open_image(self.case.format, file)]
@@ -258,6 +300,8 @@ def make(case: Case, folder: Path) -> Made:
         run(["qemu-io", "-f", case.format, *(f"-c{command}" for command in case.before), path])
         run(["qemu-img", "convert", "-f", case.format, "-O", "raw", path, folder / "held.raw"])
         held = Store.load(folder / "held.raw")
+    if case.snapshot:
+        run(["qemu-img", "snapshot", "-c", SNAPSHOT, path])
     store = Store.load(path)
     if case.sector != 512:
         set_vhdx_sector_size(store, case.sector)

@@ -29,19 +29,32 @@ class Findings:
 def check_qcow2(store: Store) -> Findings:
     """Every host cluster's refcount against the references to it; COPIED flags; the file's end.
 
-    Source: qemu's docs/interop/qcow2.rst.  Images without snapshots, data file, extended L2
-    entries or bitmaps.
+    Source: qemu's docs/interop/qcow2.rst.  Images without bitmaps; data in an external data file
+    is not looked at.
     """
     found = Findings()
     header = store.read(0, 112)
-    magic, version, _, _, bits, _, _, l1_size, l1, table, table_clusters, snapshots = (
-        struct.unpack_from(">4sIQIIQIIQQII", header)
-    )
+    (
+        magic,
+        version,
+        _,
+        _,
+        bits,
+        _,
+        _,
+        l1_size,
+        l1,
+        table,
+        table_clusters,
+        snapshots,
+        snapshots_at,
+    ) = struct.unpack_from(">4sIQIIQIIQQIIQ", header)
     assert magic == b"QFI\xfb"
-    assert snapshots == 0
     order = struct.unpack_from(">I", header, 96)[0] if version > 2 else 4
-    if version > 2 and struct.unpack_from(">Q", header, 72)[0]:
-        found.wrong.append("incompatible feature bits set")
+    features = struct.unpack_from(">Q", header, 72)[0] if version > 2 else 0
+    data_file, extended = bool(features & 4), bool(features & 16)
+    if features & ~0b11100:
+        found.wrong.append("marked as dirty or corrupt, or with unknown features")
     cluster = 1 << bits
     counts = refcounts(store, table, table_clusters, cluster, order)
     used: Counter[int] = Counter()
@@ -65,36 +78,63 @@ def check_qcow2(store: Store) -> Findings:
     for i, entry in enumerate(used_entries(store, table, table_clusters << bits, ">Q")):
         if entry:
             use(entry, cluster, f"refcount block {i}")
-    if l1_size:
-        use(l1, l1_size * 8, "L1 table")
-    zero_flag = version > 2
-    for i, entry in enumerate(used_entries(store, l1, l1_size * 8, ">Q")):
-        l2 = entry & OFFSET
-        if not l2:
-            continue
-        use(l2, cluster, f"L2 table {i}")
-        copied(entry, l2, f"L1 entry {i}")
-        if l2 % cluster:
-            found.wrong.append(f"L2 table {i} at {l2:#x}")
-        for j, entry2 in enumerate(used_entries(store, l2, cluster, ">Q")):
-            what = f"guest cluster {i * (cluster // 8) + j}"
-            if entry2 & COMPRESSED:
-                shift = 62 - (bits - 8)
-                offset = entry2 & ((1 << shift) - 1)
-                sectors = (entry2 >> shift) & ((1 << (bits - 8)) - 1)
-                end = (offset & ~511) + (sectors + 1) * 512
-                for index in range(offset >> bits, (end - 1 >> bits) + 1):
-                    used[index] += 1
+    states = [("", l1, l1_size)]
+    at = snapshots_at
+    for number in range(snapshots):
+        l1_of, size_of, id_length, name_length, extra = struct.unpack(
+            ">QIHH20xI", store.read(at, 40)
+        )
+        states.append((f"snapshot {number}: ", l1_of, size_of))
+        at += -(-(40 + id_length + name_length + extra) // 8) * 8
+    if snapshots:
+        use(snapshots_at, at - snapshots_at, "snapshot table")
+    words = 2 if extended else 1
+    per_table = cluster // 8 // words
+    for state, l1_of, size_of in states:
+        if size_of:
+            use(l1_of, size_of * 8, f"{state}L1 table")
+        for i, entry in enumerate(used_entries(store, l1_of, size_of * 8, ">Q")):
+            l2 = entry & OFFSET
+            if not l2:
                 continue
-            offset = entry2 & OFFSET
-            if not offset:
-                continue
-            if entry2 & 1 and not zero_flag:
-                found.wrong.append(f"{what}: zero flag in version 2")
-            if offset % cluster:
-                found.wrong.append(f"{what} at {offset:#x}, not a cluster")
-            use(offset, cluster, what)
-            copied(entry2, offset, what)
+            use(l2, cluster, f"{state}L2 table {i}")
+            if not state:
+                copied(entry, l2, f"L1 entry {i}")
+            if l2 % cluster:
+                found.wrong.append(f"{state}L2 table {i} at {l2:#x}")
+            table_words = used_entries(store, l2, cluster, ">Q")
+            for j in range(0, len(table_words), words):
+                entry2 = table_words[j]
+                what = f"{state}guest cluster {i * per_table + j // words}"
+                bitmap = 0
+                if extended:
+                    bitmap = table_words[j + 1] if j + 1 < len(table_words) else 0
+                    if bitmap >> 32 & bitmap:
+                        found.wrong.append(f"{what}: subclusters that are there and zero")
+                if entry2 & COMPRESSED:
+                    shift = 62 - (bits - 8)
+                    offset = entry2 & ((1 << shift) - 1)
+                    sectors = (entry2 >> shift) & ((1 << (bits - 8)) - 1)
+                    end = (offset & ~511) + (sectors + 1) * 512
+                    for index in range(offset >> bits, (end - 1 >> bits) + 1):
+                        used[index] += 1
+                    continue
+                offset = entry2 & OFFSET
+                if data_file:
+                    if entry2 & COPIED and offset != (i * per_table + j // words) * cluster:
+                        found.wrong.append(f"{what}: at {offset:#x} of the data file")
+                    continue
+                if not offset:
+                    if bitmap & 0xFFFFFFFF:
+                        found.wrong.append(f"{what}: subclusters that are nowhere")
+                    continue
+                if entry2 & 1 and version < 3:
+                    found.wrong.append(f"{what}: zero flag in version 2")
+                if offset % cluster:
+                    found.wrong.append(f"{what} at {offset:#x}, not a cluster")
+                use(offset, cluster, what)
+                if not state:
+                    copied(entry2, offset, what)
     for index in used.keys() | counts.keys():
         have, want = counts.get(index, 0), used[index]
         if have < want:
