@@ -21,7 +21,8 @@ sector then makes two, and is refused), and formats.probe() refuses it in a file
 like a raw disk.  A bare cookie is LIKELY: then the constructor says what is wrong with it,
 and nobody serves it as raw.
 
-Refused by name: block sizes that are no power of two, or below 4 KiB; more than MAX_BLOCKS blocks.
+Refused by name: block sizes that are no power of two, or not from 4 KiB to 32 MiB; more than
+MAX_BLOCKS blocks.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from virtmount.formats.vhd_footer import (
     Copy,
     Locator,
 )
-from virtmount.formats.vhd_table import Geometry, pieces
+from virtmount.formats.vhd_table import Geometry, pieces, touched
 from virtmount.formats.vhd_write import Writer
 from virtmount.hostfile import HostFile
 from virtmount.image import (
@@ -78,10 +79,10 @@ from virtmount.upkeep import Choice, Finding, New, Progress, Repair
 FIXED_CLUSTER = 64 << 10  # nominal: what discard gives back
 LEAF = 1024  # entries, where blocks are whole
 PARTIAL_LEAF = 16  # ... and where each bitmap has to be read
-LOOK_SECONDS = 1.0  # spent at open on finding out whether all bitmaps are full
+LOOK_SECONDS = 0.5  # spent at open on finding out whether all bitmaps are full
 
-# What is known of a block's bitmap.
-UNKNOWN, WHOLE, PARTLY = 0, 1, 2
+# What is known of a block's bitmap.  PARTLY too where the file ends before the block.
+UNKNOWN, WHOLE, PARTLY, EMPTY = 0, 1, 2, 3
 
 
 class VHD(Image):
@@ -171,6 +172,7 @@ class VHD(Image):
             low=SECTOR + self.geometry.bitmap,
         )
         self._known = bytearray(self.geometry.blocks)
+        self._read: tuple[int, list[tuple[int, int]]] = (-1, [])
         self.memory = len(self._known)
         self.entries_per_leaf = LEAF
         self._whole = self._look_at_bitmaps()
@@ -261,25 +263,31 @@ class VHD(Image):
         """Whether every block is whole.  Stops at the first that is not, or when it takes long:
         then sectors are the pieces, which is right for any image and takes more memory."""
         until = time.monotonic() + LOOK_SECONDS
+        looked = 0
         for first, entries in pieces(self._file, self.geometry, 0, self.geometry.blocks):
             for index, entry in enumerate(entries, first):
                 if entry == FREE:
                     continue
-                if self._state(index, entry) == PARTLY or time.monotonic() > until:
+                if self._state(index, entry) != WHOLE:
+                    return False
+                looked += 1
+                if looked % 64 == 0 and time.monotonic() > until:
                     return False
         return True
 
     def _state(self, index: int, entry: int) -> int:
-        """WHOLE or PARTLY; WHOLE too for what cannot be read, which the layout finds INVALID."""
         known = self._known[index]
-        if known == UNKNOWN:
-            known = WHOLE
-            bits = self.geometry.bits
-            at = entry * SECTOR
-            if at + self.geometry.bitmap < self._file.size:
-                raw = self._file.pread(at, bits)
-                known = WHOLE if raw.count(0xFF) == bits else PARTLY
-            self._known[index] = known
+        if known != UNKNOWN:
+            return known
+        geometry, at = self.geometry, entry * SECTOR
+        known = PARTLY
+        if at + geometry.stride <= self._file.size:
+            raw = self._file.pread(at, geometry.bits)
+            if raw.count(0xFF) == len(raw):
+                known = WHOLE
+            elif raw.count(0) == len(raw):
+                known = EMPTY
+        self._known[index] = known
         return known
 
     @property
@@ -292,14 +300,20 @@ class VHD(Image):
         table = Leaf(table=self.geometry.entry_at(index * self.entries_per_leaf))
         if self._whole:
             return table
-        first = index * PARTIAL_LEAF
-        for at, entries in pieces(
-            self._file, self.geometry, first, min(PARTIAL_LEAF, self.geometry.blocks - first)
-        ):
-            for block, entry in enumerate(entries, at):
-                if entry != FREE and self._state(block, entry) == PARTLY:
-                    return Leaf(kind=Kind.PARTIAL)
+        for block, entry in self._entries(index):
+            if entry != FREE and self._state(block, entry) != WHOLE:
+                return Leaf(kind=Kind.PARTIAL)
         return table
+
+    def _entries(self, index: int) -> list[tuple[int, int]]:
+        """Blocks and their entries in a leaf of PARTIAL_LEAF; kept until a table changes."""
+        if self._read[0] != index:
+            first = index * PARTIAL_LEAF
+            count = min(PARTIAL_LEAF, self.geometry.blocks - first)
+            raw = self._file.pread(self.geometry.entry_at(first), count * ENTRY)
+            entries = enumerate(struct.unpack(f">{count}I", raw), first)
+            self._read = index, list(entries)
+        return self._read[1]
 
     def slow(self, cluster: int) -> Sequence[Extent]:
         return list(self._pieces(cluster))
@@ -308,27 +322,33 @@ class VHD(Image):
         """The runs of set and clear bits of one block; the first sector is the highest bit."""
         geometry, size = self.geometry, self.cluster_size
         guest = cluster * size
-        (entry,) = struct.unpack(">I", self._file.pread(geometry.entry_at(cluster), ENTRY))
+        entry = self._entries(cluster // PARTIAL_LEAF)[cluster % PARTIAL_LEAF][1]
+        start = entry * SECTOR
+        host, end = start + geometry.bitmap, self._file.size // SECTOR * SECTOR
         if entry == FREE:
             yield Extent(guest, size, Kind.ABSENT)
             return
-        start = entry * SECTOR
-        host = start + geometry.bitmap
-        if start < SECTOR or host >= self._file.size:
+        if host >= end or touched(geometry.spans, start, geometry.stride):
             yield Extent(guest, size, Kind.INVALID)
             return
-        raw = self._file.pread(start, geometry.bits)
-        if raw.count(0xFF) == len(raw):
-            yield Extent(guest, size, Kind.DATA, host)
+        known = self._state(cluster, entry)
+        if known != PARTLY:
+            kind = Kind.DATA if known == WHOLE else self._absent
+            yield Extent(guest, size, kind, host if known == WHOLE else 0)
             return
+        raw = self._file.pread(start, geometry.bits)
         bits = f"{int.from_bytes(raw, 'big'):0{len(raw) * 8}b}"
         at = 0
         for bit, run in groupby(bits):
             length = len(list(run)) * SECTOR
-            if bit == "1":
-                yield Extent(guest + at, length, Kind.DATA, host + at)
-            else:
+            if bit == "0":
                 yield Extent(guest + at, length, self._absent)
+            else:
+                there = max(0, min(length, end - host - at))
+                if there:
+                    yield Extent(guest + at, there, Kind.DATA, host + at)
+                if there < length:
+                    yield Extent(guest + at + there, length - there, Kind.INVALID)
             at += length
 
     def details(self) -> dict[str, Any]:
@@ -388,6 +408,7 @@ class VHD(Image):
         if not dirty:
             return Plan()
         assert self._writer, "a fixed image has all its clusters"
+        self._read = (-1, [])
         for item in dirty:
             self._known[item.cluster] = WHOLE
         return self._writer.commit(dirty)
@@ -400,6 +421,7 @@ class VHD(Image):
         assert self.parent is None
         last = min(first + count, self.geometry.blocks)
         self._known[first:last] = bytes(last - first)
+        self._read = (-1, [])
         return self._writer.discard(first, last - first)
 
     def release(self, runs: Sequence[Run]) -> None:

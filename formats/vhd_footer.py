@@ -49,7 +49,7 @@ ENTRY = 4
 MAX_SIZE = 2040 << 30  # what the specification's readers take
 MAX_PADDING = 64 << 10  # zeros behind the footer, in which it is looked for
 MAX_LOCATOR = 16 << 10  # bytes of one parent's path
-MIN_BLOCK, MAX_BLOCK = 4096, 256 << 20
+MIN_BLOCK, MAX_BLOCK = 4096, 32 << 20  # so that a bitmap of single bits costs no second
 MAX_BLOCKS = 1 << 22  # 2 TiB in blocks of 512 KiB; a table of 16 MiB
 NO_UUID = bytes(16)
 

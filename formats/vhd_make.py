@@ -43,7 +43,7 @@ from virtmount.upkeep import Choice, New
 
 CHOICES: Mapping[str, Choice] = {
     "subformat": Choice("dynamic", "dynamic or fixed; with a parent always differencing"),
-    "block_size": Choice("2M", "of a dynamic image: a power of two from 4K to 256M"),
+    "block_size": Choice("2M", "of a dynamic image: a power of two from 4K to 32M"),
 }
 TABLE_AT = 4096  # in new images without a parent
 _SIZE = re.compile(r"(\d{1,12})([KMG]?)", re.IGNORECASE)

@@ -408,13 +408,13 @@ def test_looking_at_bitmaps_stops_when_it_takes_long(
     """Sectors as the smallest piece are right for any image."""
     seconds = iter(range(100))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(seconds)))
-    spec = Spec(SIZE, {i: Block(pattern(i, BLOCK)) for i in range(4)})
+    spec = Spec(80 * 4096, {i: Block(pattern(i, 4096)) for i in range(80)}, block=4096)
     with HostFile(spec.write(tmp_path / "a.vhd")) as file:
         image = VHD(file)
         assert image.grain == 512
         assert image.leaf(0).kind is not Kind.PARTIAL
         disk = Reference([image])
-        assert disk.pread(0, SIZE) == content(spec)
+        assert disk.pread(0, disk.size) == content(spec)
 
 
 def test_table_entries_behind_the_disk_do_not_matter(tmp_path: Path) -> None:
@@ -621,7 +621,7 @@ def test_details_of_a_child(tmp_path: Path) -> None:
         (512 + 28, 4, 3, r"header\+28 at 512: 3 table entries, 4 expected"),
         (512 + 32, 4, 0, r"header\+32 at 512: block size 0"),
         (512 + 32, 4, 65535, r"header\+32 at 512: block size 65535"),
-        (512 + 32, 4, 1 << 29, r"header\+32 at 512: block size 536870912"),
+        (512 + 32, 4, 1 << 26, r"header\+32 at 512: block size 67108864"),
     ],
 )
 def test_refuses(tmp_path: Path, at: int, width: int, value: int, complaint: str) -> None:
@@ -708,10 +708,24 @@ def test_a_table_that_is_not_sound_is_read_and_not_written(
 def test_a_last_block_that_is_cut_short_is_not_written(tmp_path: Path) -> None:
     """Growing the file would turn what is missing into zeros."""
     path = tmp_path / "a.vhd"
-    path.write_bytes(dynamic().build()[: -512 - 4096])
+    path.write_bytes(dynamic().build()[: -512 - 15 * 512])  # up to sector 113
     with HostFile(path, writable=True) as file, pytest.raises(Corrupt, match="not written"):
         VHD(file)
-    assert read(path)[2 * BLOCK : 3 * BLOCK] == pattern(2, BLOCK)
+    for engine in (False, True):
+        assert cut_read(path, 2 * BLOCK, BLOCK, engine) == pattern(2, BLOCK)
+        start, missing = 112 * 512, 120 * 512
+        assert cut_read(path, start, 512, engine) == pattern(0, BLOCK)[start : start + 512]
+        assert cut_read(path, missing, 512, engine) == bytes(512), "its bit is clear"
+        with pytest.raises(OSError, match=r"\[Errno 5\]"):
+            cut_read(path, start + 512, 512, engine)
+
+
+def cut_read(path: Path, offset: int, length: int, engine: bool) -> bytes:
+    if engine:
+        with virtmount.open(path, "vhd") as disk:
+            return disk.pread(offset, length)
+    with HostFile(path) as file:
+        return Reference([VHD(file)]).pread(offset, length)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
