@@ -12,19 +12,34 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import flips
-from tests.corpus.judge import judge
+from tests.corpus.judge import Answer, judge
 
-COUNT = int(os.environ.get("VIRTMOUNT_FLIPS", "100"))
+COUNT = int(os.environ.get("VIRTMOUNT_FLIPS", "50"))
 SEED = os.environ.get("VIRTMOUNT_SEED", "0")
 
+pytestmark = pytest.mark.xdist_group("corpus")  # one question for all of them
 
-@pytest.mark.timeout(60 + COUNT)
+
+def names(format: str) -> list[str]:
+    return [f"{format}:{SEED}:{number}" for number in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path, request: pytest.FixtureRequest) -> dict[str, Answer]:
+    """Of all the formats that this run asks for."""
+    formats = [
+        str(item.callspec.params["format"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.module is request.module
+    ]
+    return judge(folder, "flip", [name for format in formats for name in names(format)])
+
+
+@pytest.mark.timeout(120 + COUNT * len(flips.FORMATS))  # the first one waits for all
 @pytest.mark.parametrize("format", flips.FORMATS)
-def test_random_changes(format: str, folder: Path) -> None:
-    names = [f"{format}:{SEED}:{number}" for number in range(COUNT)]
-    answers = judge(folder, "flip", names)
+def test_random_changes(format: str, answers: dict[str, Answer]) -> None:
     wrong: dict[str, object] = {}
-    for name in names:
+    for name in names(format):
         answer = answers[name]
         if answer.died:
             wrong[name] = answer.died
@@ -32,5 +47,5 @@ def test_random_changes(format: str, folder: Path) -> None:
             wrong[name] = found
     assert not wrong
     # Most of them must get past the first check, or nothing is tried.
-    opened = sum(not answers[name].read["error"] for name in names)
-    assert opened > len(names) // 10
+    opened = sum(not answers[name].read["error"] for name in names(format))
+    assert opened > COUNT // 10
