@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.crash import vhds, vmdks
+from tests.crash import vhds, vhdxs, vmdks
 from tests.crash.checkers import (
     VHDX_METADATA,
     VHDX_SECTOR_SIZE,
@@ -205,6 +205,17 @@ CASES = (
         sector=4096,
         foreign=False,
         mix=_SPARSE,
+    ),
+    Case(
+        "vhdx-parent",
+        "vhdx",
+        12 * MIB,
+        MIB,
+        parent=True,
+        share=0.5,
+        foreign=False,
+        mix=_SPARSE,
+        build=vhdxs.child,
     ),
     Case(
         "vhdx-wrap", "vhdx", 16 * MIB, MIB, ("block_size=1M", "log_size=1M"), warmup=70, mix=_SPARSE

@@ -226,16 +226,22 @@ def check_vhdx(store: Store, before: int) -> Findings:
     log_length, log = struct.unpack_from("<IQ", store.read(max(headers)[2] + 68, 12))
     taken = [(0, 1 << 20), (bat, bat_length), metadata, (log, log_length)]
     block, ratio = vhdx_geometry(store, *metadata)
+    entries = used_entries(store, bat, bat_length, "<Q")
+    # Sector bitmaps: differencing images only.
+    bitmaps = {i: e >> 20 << 20 for i, e in enumerate(entries) if i % (ratio + 1) == ratio and e}
+    taken += [(at, 1 << 20) for at in bitmaps.values()]
     owner: dict[int, int] = {}
-    for i, entry in enumerate(used_entries(store, bat, bat_length, "<Q")):
+    for i, entry in enumerate(entries):
         state, at = entry & 7, entry >> 20 << 20
         if i % (ratio + 1) == ratio:
-            continue  # a sector bitmap: differencing images only
-        if state not in (0, 1, 2, 3, 6):
+            continue
+        if state == 7 and i // (ratio + 1) * (ratio + 1) + ratio not in bitmaps:
+            found.wrong.append(f"BAT entry {i}: partially present, without a bitmap")
+        if state not in (0, 1, 2, 3, 6, 7):
             found.wrong.append(f"BAT entry {i}: state {state}")
         if state == 2 and at:
             found.wrong.append(f"BAT entry {i}: ZERO with offset {at:#x}")
-        if state != 6:
+        if state not in (6, 7):
             continue
         if at in owner:
             found.wrong.append(f"BAT entries {owner[at]} and {i} both at {at:#x}")
