@@ -24,6 +24,7 @@ TABLE = {
     "ewf": "virtmount.formats.ewf:EWF",
     "vmdk": "virtmount.formats.vmdk:VMDK",
     "ova": "virtmount.formats.ova:OVA",
+    "qed": "virtmount.formats.qed:QED",
     "raw": "virtmount.formats.raw:Raw",
 }
 ALIASES = {"img": "raw", "vpc": "vhd"}
@@ -32,7 +33,6 @@ RAW_NAMES = (".img", ".raw", ".dd", ".bin", ".iso")
 # Known by name only, so that they are refused by name and never served as raw.
 # (offset, from the end where negative; magic; name)
 FOREIGN = (
-    (0, b"QED\0", "QED"),
     (0, b"WithoutFreeSpace", "Parallels"),
     (0, b"WithouFreSpacExt", "Parallels"),
     (0, b"sprs", "Apple sparse image"),

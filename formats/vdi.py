@@ -144,7 +144,11 @@ class VDI(Image):
         if not file.writable:
             self._use = bytearray()  # only writing asks for it
         self.memory = len(self._use)
-        self.caps = Caps(write=file.writable, discard=file.writable, zero_hides_parent=True)
+        # A block that keeps its place when it is discarded: the engine would look for another one.
+        kept = header.type == FIXED and self.flat is None
+        self.caps = Caps(
+            write=file.writable, discard=file.writable and not kept, zero_hides_parent=True
+        )
         self._begun = False
 
     def _layout(self) -> Layout:

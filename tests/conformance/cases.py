@@ -73,6 +73,14 @@ def vmdk(
     return Layer("vmdk", size, 64 * KIB, (f"subformat={subformat}", *options), zeroed)
 
 
+def qed(size: int, cluster: int, *options: str) -> Layer:
+    return Layer("qed", size, cluster, (f"cluster_size={cluster}", *options), zeroed=True)
+
+
+def qcow(size: int, cluster: int, *, compressed: bool = False) -> Layer:
+    return Layer("qcow", size, cluster, compressed=compressed)
+
+
 def one(name: str, *layers: Layer, mapped: bool = True) -> Case:
     return Case(name, layers, mapped)
 
@@ -129,6 +137,12 @@ CASES = (
         replace(qcow2(ODD, 64 * KIB, zeroed=True, compressed=True), snapshots=2),
     ),
     one("qcow2-zstd", qcow2(ODD, 64 * KIB, "compression_type=zstd", compressed=True)),
+    one("qed", qed(ODD, 64 * KIB)),
+    one("qed-4k", qed(9 * MIB + 512, 4 * KIB, "table_size=2")),
+    one("qed-on-raw", qed(ODD, 64 * KIB), raw(ODD)),
+    one("qcow", qcow(ODD, 4 * KIB, compressed=True)),
+    one("qcow-on-raw", qcow(MIB + 5 * 512, 512), raw(ODD)),
+    one("qcow-on-qcow", qcow(MIB + 512, 512), qcow(ODD, 4 * KIB, compressed=True)),
     one("qcow2-on-raw", qcow2(ODD, 64 * KIB, zeroed=True), raw(ODD)),
     one("qcow2-v2-on-raw", qcow2(ODD, 64 * KIB, "compat=0.10", zeroed=True), raw(ODD)),
     one("qcow2-on-vdi", qcow2(7 * MIB, 64 * KIB, zeroed=True), vdi(7 * MIB)),

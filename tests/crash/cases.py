@@ -20,6 +20,8 @@ from tests.crash.checkers import (
     check_vmdk,
     vhdx_regions,
 )
+from tests.crash.checkers_qcow import check_qcow
+from tests.crash.checkers_small import check_qed
 from tests.crash.simulate import SimulatedFile, Store
 from tests.crash.workload import Mix, patterns
 from tests.reference import Reference
@@ -66,7 +68,7 @@ class Case:
     @property
     def checked(self) -> bool:
         """Whether qemu-img checks such images."""
-        return self.foreign and self.format != "vpc"
+        return self.foreign and self.format not in ("vpc", "qcow")
 
 
 def make_vdi_child(store: Store) -> None:
@@ -146,6 +148,18 @@ CASES = (
         share=0.5,
     ),
     Case("raw", "raw", 2 * MIB, 64 * KIB, foreign=False),
+    Case("qed", "qed", 8 * MIB, 4 * KIB, ("cluster_size=4k", "table_size=2"), mix=_SMALL),
+    Case(
+        "qed-parent",
+        "qed",
+        4 * MIB,
+        64 * KIB,
+        ("cluster_size=64k", "table_size=2"),
+        parent=True,
+    ),
+    Case("qcow", "qcow", 4 * MIB, 4 * KIB),
+    Case("qcow-compressed", "qcow", MIB, 4 * KIB, compressed=True, mix=_SMALL),
+    Case("qcow-parent", "qcow", MIB, 512, parent=True, mix=_SMALL),
     Case("vdi-fixed", "vdi", 4 * MIB, MIB, ("static=on",), mix=_SPARSE),
     Case("vhdx-fixed", "vhdx", 4 * MIB, MIB, ("block_size=1M", "subformat=fixed"), mix=_SPARSE),
     Case("vdi", "vdi", 24 * MIB, MIB, mix=_SPARSE),
@@ -243,6 +257,10 @@ class Made:
             return Findings()
         if self.case.format == "vhdx":
             return check_vhdx(store, before.size)
+        if self.case.format == "qed":
+            return check_qed(store)
+        if self.case.format == "qcow":
+            return check_qcow(store)
         return {"qcow2": self._check_qcow2, "vdi": check_vdi, "vmdk": check_vmdk, "vpc": check_vhd}[
             self.case.format
         ](store)
@@ -283,6 +301,7 @@ def make(case: Case, folder: Path) -> Made:
         _scatter(content, case)
         below = Store.of(bytes(content)) if case.parent else None
         image = Store.of(case.build(content))
+        image.save(folder / f"image.{case.format}")
         return Made(case, image, below, Store.of(bytes(content)))
     path = folder / f"image.{case.format}"
     content = bytearray(case.size)
