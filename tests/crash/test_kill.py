@@ -20,7 +20,7 @@ from tests.crash.simulate import SimulatedFile, Store
 from tests.crash.workload import SECTOR, History, Request
 
 MOST_LINES = 400  # that the victim may say before it is killed
-NAMES = ("qcow2-64k", "qcow2-4k", "qcow2-parent", "vdi", "vhdx", "vhdx-4096")
+NAMES = ("qcow2-64k", "qcow2-4k", "qcow2-parent", "vdi", "vhd", "vhdx", "vhdx-4096")
 
 pytestmark = pytest.mark.timeout(TIMEOUT)
 

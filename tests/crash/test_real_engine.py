@@ -36,6 +36,7 @@ NAMES = (
     "qcow2-compressed",
     "vdi",
     "vdi-fixed",
+    "vhd-exact",
     "vhdx",
     "vhdx-4096",
 )
