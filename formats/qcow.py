@@ -26,6 +26,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 from virtmount.errors import Corrupt, Unsupported
@@ -204,6 +205,7 @@ class QCOW(Image):
             if len(self._free) > MAX_HOLES:
                 break
         self._begun = False
+        self._unpacked = False  # compressed clusters are not there any more
         self.caps = Caps(write=True, discard=True)
 
     def begin(self) -> Plan:
@@ -271,8 +273,8 @@ class QCOW(Image):
             table = self._l1[index]
             if table in fresh:
                 fresh[table][within * ENTRY : (within + 1) * ENTRY] = host.to_bytes(ENTRY, "big")
-            else:
-                self._put(entries, table + within * ENTRY, host)
+            elif self._put(entries, table + within * ENTRY, host) & COMPRESSED:
+                self._unpacked = True
         steps: list[Step] = []
         if fresh:
             steps.append(Extend(self._end))
@@ -281,14 +283,16 @@ class QCOW(Image):
             steps.append(Barrier)
         return Plan(*steps, *coalesce(entries), *coalesce(roots), Barrier)
 
-    def _put(self, sectors: dict[int, bytearray], at: int, entry: int) -> None:
-        """Change an entry in its sector, which it does not cross."""
+    def _put(self, sectors: dict[int, bytearray], at: int, entry: int) -> int:
+        """Change an entry in its sector, which it does not cross; what it was."""
         within = at % SECTOR
         sector = sectors.get(at - within)
         if sector is None:
             sector = bytearray(self._file.pread_padded(at - within, SECTOR))
             sectors[at - within] = sector
+        old = int.from_bytes(sector[within : within + ENTRY], "big")
         sector[within : within + ENTRY] = entry.to_bytes(ENTRY, "big")
+        return old
 
     def discard(self, first: int, count: int) -> Plan:
         if self.parent:
@@ -307,7 +311,9 @@ class QCOW(Image):
                     if not entry:
                         continue
                     self._put(sectors, table + i * ENTRY, 0)
-                    if not entry & COMPRESSED:
+                    if entry & COMPRESSED:
+                        self._unpacked = True
+                    else:
                         freed.append(entry)
             first = stop
         if not sectors:
@@ -321,10 +327,20 @@ class QCOW(Image):
     def end(self) -> Plan:
         if not self._begun:
             return Plan()
-        self._shrink()
         if self._file.is_device:
             return Plan(Barrier)
+        if self._unpacked:
+            return self._sweep()
+        self._shrink()
         return Plan(Truncate(self._end), Barrier)
+
+    def _sweep(self) -> Plan:
+        """Who else has data in the places of compressed clusters, only all tables can tell."""
+        size, survey = self.cluster_size, refuse_damage(self._file, self._header)
+        end = survey.tally.last_used() + 1
+        holes = islice(survey.tally.unused(end), MAX_HOLES)
+        steps: list[Step] = [Punch(first * size, count * size) for first, count in holes]
+        return Plan(*steps, Truncate(end * size), Barrier)
 
     # The whole image
 
