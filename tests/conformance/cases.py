@@ -81,10 +81,6 @@ def qcow(size: int, cluster: int, *, compressed: bool = False) -> Layer:
     return Layer("qcow", size, cluster, compressed=compressed)
 
 
-def qcow(size: int, cluster: int, *, compressed: bool = False) -> Layer:
-    return Layer("qcow", size, cluster, compressed=compressed)
-
-
 def one(name: str, *layers: Layer, mapped: bool = True) -> Case:
     return Case(name, layers, mapped)
 
@@ -144,9 +140,6 @@ CASES = (
     one("qed", qed(ODD, 64 * KIB)),
     one("qed-4k", qed(9 * MIB + 512, 4 * KIB, "table_size=2")),
     one("qed-on-raw", qed(ODD, 64 * KIB), raw(ODD)),
-    one("qcow", qcow(ODD, 4 * KIB, compressed=True)),
-    one("qcow-on-raw", qcow(MIB + 5 * 512, 512), raw(ODD)),
-    one("qcow-on-qcow", qcow(MIB + 512, 512), qcow(ODD, 4 * KIB, compressed=True)),
     one("qcow", qcow(ODD, 4 * KIB, compressed=True)),
     one("qcow-on-raw", qcow(MIB + 5 * 512, 512), raw(ODD)),
     one("qcow-on-qcow", qcow(MIB + 512, 512), qcow(ODD, 4 * KIB, compressed=True)),

@@ -194,8 +194,6 @@ def test_sessions_leave_no_unused_clusters_behind(subject: Subject) -> None:
     allowed = len(sessions) * top.cluster
     if top.format == "qcow":
         allowed += top.cluster  # qemu's end of the file lies inside of one
-    if top.format == "qcow":
-        allowed += top.cluster  # qemu's end of the file lies inside of one
     if top.format == "vpc":
         allowed += (len(sessions) + 1) * 4096  # bitmaps, so that data is aligned
     if top.format == "qed":
