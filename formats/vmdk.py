@@ -197,6 +197,8 @@ class VMDK(Image):
             elif tables.unclean:
                 tables.merge(lenient=True)
         self._writing = list(self._tables()) if writable else []
+        if self._writing and len(self._parts) > 1:
+            self.zones = [(part.end, part.number) for part in self._parts]
         fixed = any(part.kind in (Kind.SHARED, Kind.INVALID) for part in self._parts)
         self.caps = Caps(
             write=writable,
@@ -321,9 +323,13 @@ class VMDK(Image):
         self._descriptor = parse(self._file, "descriptor ", new, descriptor.room)
         yield from rewrite(old, new, self._text_at, descriptor.room)
 
-    def reserve(self, count: int, guest_offset: int = 0) -> Reservation:
-        part = self._part(guest_offset) if len(self._writing) > 1 else None
-        tables = part.tables if part else self._writing[0] if self._writing else None
+    def reserve(self, count: int) -> Reservation:
+        return self._reserve(self._writing[0] if self._writing else None, count)
+
+    def reserve_at(self, count: int, guest_offset: int) -> Reservation:
+        return self._reserve(self._part(guest_offset).tables, count)
+
+    def _reserve(self, tables: Tables | None, count: int) -> Reservation:
         if tables is None:
             text = "this extent holds zeros only, or may not be written"
             raise OSError(errno.EROFS, f"{self._file}: {text}")

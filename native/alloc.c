@@ -187,15 +187,18 @@ static bool take_host(struct vm_engine *engine, struct request *request, struct 
         *ret = (struct pool_run){start, 1, engine->config.identity_file, false};
         return true;
     }
+    uint32_t zone = pool_at(engine, start);
+    struct pool *pool = &engine->pools[zone];
     // Ask before it is empty, so that the answer comes while the rest is being used.
-    if (engine->pool.clusters <= engine->pool.high / 2 && !engine->refill_asked) {
-        engine->refill_asked = true;
-        fault_ask(engine, VM_FAULT_REFILL, 0, 0,
-                  (request->end - request->cursor + size - 1) / size, NULL);
+    if (pool->clusters <= pool->high / 2 && !pool->refill_asked) {
+        uint64_t end = request->end < pool->end ? request->end : pool->end;
+        pool->refill_asked = true;
+        fault_ask(engine, VM_FAULT_REFILL, start, 0, (end - request->cursor + size - 1) / size,
+                  NULL);
     }
-    if (!pool_take(&engine->pool, map->cluster_shift, ret)) {
+    if (!pool_take(pool, map->cluster_shift, ret)) {
         walk_submit(engine, open);
-        request_park(engine, request, WAIT_POOL, 0);
+        request_park(engine, request, WAIT_POOL, zone);
         return false;
     }
     return true;

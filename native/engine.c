@@ -48,6 +48,10 @@ int vm_engine_create(const struct vm_config *config, struct vm_engine **ret)
     int error = engine->event_fd < 0 || engine->zero_fd < 0 ? -errno : map_create(&engine->map, config);
     if (!error && posix_memalign((void **)&engine->zeros, 4096, MAX_IO))
         error = -ENOMEM;
+    uint64_t end = UINT64_MAX;
+    uint32_t file = 0;
+    if (!error)
+        error = vm_engine_set_zones(engine, &end, &file, 1);
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
@@ -83,7 +87,9 @@ void vm_engine_destroy(struct vm_engine *engine)
     ublk_close(engine);
     map_destroy(&engine->map);
     inflated_destroy(engine);
-    free(engine->pool.runs);
+    for (uint32_t i = 0; i < engine->pool_count; i++)
+        free(engine->pools[i].runs);
+    free(engine->pools);
     free(engine->dirty);
     free(engine->committing);
     free(engine->zeros);
@@ -146,11 +152,13 @@ int vm_engine_set_cipher(struct vm_engine *engine, uint32_t file, const struct v
 
 /* Commands: what the loop does for other threads. */
 
-static void answer_refill(struct vm_engine *engine, int error)
+static void answer_refill(struct vm_engine *engine, uint64_t offset, int error)
 {
-    engine->refill_asked = false;
+    uint32_t zone = pool_at(engine, offset);
+    struct pool *pool = &engine->pools[zone];
+    pool->refill_asked = false;
     // Empty without an error: all that came was taken meanwhile, so they ask again.
-    requests_wake(engine, WAIT_POOL, 0, engine->pool.clusters ? 0 : error);
+    requests_wake(engine, WAIT_POOL, zone, pool->clusters ? 0 : error);
 }
 
 static void answer_begin(struct vm_engine *engine, int error)
@@ -170,6 +178,24 @@ static void answer_inflate(struct vm_engine *engine, const struct fault *fault, 
         request->inflate_error = error;
         request_run(engine, request);
     }
+}
+
+int vm_engine_set_zones(struct vm_engine *engine, const uint64_t *ends, const uint32_t *files,
+                        uint32_t count)
+{
+    uint64_t cluster = 1ULL << engine->config.cluster_shift;
+    for (uint32_t i = 0; i < count; i++)
+        if (i + 1 < count && (ends[i] % cluster || ends[i] >= ends[i + 1]))
+            return -EINVAL;
+    struct pool *pools = count ? calloc(count, sizeof *pools) : NULL;
+    if (!pools)
+        return count ? -ENOMEM : -EINVAL;
+    for (uint32_t i = 0; i < count; i++)
+        pools[i] = (struct pool){.end = i + 1 < count ? ends[i] : UINT64_MAX, .file = files[i]};
+    free(engine->pools);
+    engine->pools = pools;
+    engine->pool_count = count;
+    return 0;
 }
 
 static int answer(struct vm_engine *engine, struct command *command)
@@ -198,7 +224,7 @@ static int answer(struct vm_engine *engine, struct command *command)
         answer_inflate(engine, fault, error);
         break;
     case VM_FAULT_REFILL:
-        answer_refill(engine, error);
+        answer_refill(engine, fault->ask.offset, error);
         break;
     case VM_FAULT_BEGIN:
         answer_begin(engine, error);
@@ -224,7 +250,9 @@ static void fill_stats(struct vm_engine *engine, struct vm_stats *ret)
     ret->leaves = engine->map.loaded;
     ret->leaf_bytes = engine->map.bytes;
     ret->dirty = engine->dirty_count + engine->committing_count;
-    ret->pool = engine->pool.clusters;
+    ret->pool = 0;
+    for (uint32_t i = 0; i < engine->pool_count; i++)
+        ret->pool += engine->pools[i].clusters;
     ret->in_flight = engine->requests;
     ret->failed = engine->failed;
 }
@@ -249,12 +277,14 @@ static bool execute(struct vm_engine *engine, struct command *command)
         break;
     case DO_POOL_ADD:
         // Out of memory only loses file space, until the end of the session.
-        pool_add(&engine->pool, engine->config.cluster_shift, command->file, command->offset,
-                 command->length, command->flags);
+        pool_add(pool_of(engine, command->file), engine->config.cluster_shift, command->file,
+                 command->offset, command->length, command->flags);
         break;
     case DO_POOL_TAKE:
-        command->result = pool_take_runs(&engine->pool, engine->config.cluster_shift,
-                                         command->data, command->data2, command->count);
+        command->result = 0;
+        for (uint32_t i = 0; i < engine->pool_count && !command->result; i++)
+            command->result = pool_take_runs(&engine->pools[i], engine->config.cluster_shift,
+                                             command->data, command->data2, command->count);
         break;
     case DO_DIRTY_TAKE:
         command->result = dirty_take(engine, command->data, command->count);

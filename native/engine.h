@@ -111,6 +111,10 @@ int vm_engine_add_file(struct vm_engine *engine, int fd, int direct_fd, uint32_t
 /* What is read from file is decrypted, what is written to it encrypted, sector by sector.  Before
  * vm_engine_run only.  Such a file must not be served with VM_UBLK_AUTO_BUF. */
 int vm_engine_set_cipher(struct vm_engine *engine, uint32_t file, const struct vm_cipher *cipher);
+/* The disk consists of zones, in order; new clusters of each lie in a file of its own.  ends: guest
+ * offsets, multiples of the cluster, the last one of no importance.  Before vm_engine_run only. */
+int vm_engine_set_zones(struct vm_engine *engine, const uint64_t *ends, const uint32_t *files,
+                        uint32_t count);
 /* The loop, on the calling thread, until vm_engine_stop.  0 or -errno of the ring's creation. */
 int vm_engine_run(struct vm_engine *engine);
 /* Ask the loop to end.  Requests that wait for an answer fail with ESHUTDOWN, pieces in flight end. */
@@ -120,7 +124,7 @@ void vm_engine_stop(struct vm_engine *engine);
 enum vm_fault_type {
     VM_FAULT_FILL = 1,     /* offset: guest offset of a leaf -> vm_fill */
     VM_FAULT_INFLATE = 2,  /* offset: guest offset of a unit, arg: layer -> vm_inflated */
-    VM_FAULT_REFILL = 3,   /* arg: clusters wanted -> vm_pool_add as often as needed, then vm_answer */
+    VM_FAULT_REFILL = 3,   /* arg: clusters wanted, offset: for which place -> vm_pool_add as often as needed, then vm_answer */
     VM_FAULT_BEGIN = 4,    /* the first write of the session waits -> vm_answer */
     VM_FAULT_FLUSH = 5,    /* make everything acknowledged so far durable -> vm_answer */
     VM_FAULT_DISCARD = 6,  /* offset, length: whole clusters, nothing else uses them until -> vm_answer */

@@ -63,7 +63,10 @@ struct pool_run {
     bool reused;
 };
 
-struct pool {
+struct pool {               /* of a zone: the guest bytes whose new clusters lie in one file */
+    uint64_t end;           /* guest offset */
+    uint32_t file;          /* where there are several zones */
+    bool refill_asked;
     struct pool_run *runs;
     uint32_t first, count, room;
     uint64_t clusters;      /* in all runs */
@@ -194,7 +197,8 @@ struct vm_engine {
 
     struct io_uring ring;
     struct map map;
-    struct pool pool;
+    struct pool *pools;     /* by zone, in the order of the disk; at least one */
+    uint32_t pool_count;
     struct inflated inflated[64];
     uint64_t inflated_bytes, inflated_clock;
     struct ublk ublk;
@@ -215,7 +219,7 @@ struct vm_engine {
     uint32_t dirty_count, dirty_room, committing_count;
     uint64_t copy_bytes;    /* buffers of all copies */
     uint64_t requests;      /* not done */
-    bool begun, begin_asked, refill_asked, stopping;
+    bool begun, begin_asked, stopping;
     bool encrypts;          /* the top image's files */
     int failed;
     uint8_t *zeros;         /* MAX_IO of them */
@@ -259,6 +263,10 @@ void map_set_zero(struct map *map, uint64_t offset, uint64_t end);
 void map_publish(struct map *map, uint64_t cluster, uint32_t file, uint64_t host);
 
 /* pool.c */
+/* The number of the zone that a guest offset lies in. */
+uint32_t pool_at(const struct vm_engine *engine, uint64_t offset);
+/* The pool that clusters of a file go to. */
+struct pool *pool_of(struct vm_engine *engine, uint32_t file);
 bool pool_take(struct pool *pool, uint32_t cluster_shift, struct pool_run *ret);
 int pool_add(struct pool *pool, uint32_t cluster_shift, uint32_t file, uint64_t host, uint64_t count,
              bool reused);

@@ -6,6 +6,28 @@
 
 #include "internal.h"
 
+uint32_t pool_at(const struct vm_engine *engine, uint64_t offset)
+{
+    uint32_t low = 0;
+    uint32_t high = engine->pool_count - 1;
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        if (offset < engine->pools[middle].end)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+struct pool *pool_of(struct vm_engine *engine, uint32_t file)
+{
+    uint32_t i = engine->pool_count - 1;
+    while (i && engine->pools[i].file != file)
+        i--;
+    return &engine->pools[i];
+}
+
 bool pool_take(struct pool *pool, uint32_t cluster_shift, struct pool_run *ret)
 {
     if (!pool->clusters)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import deque
+from bisect import bisect_right
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -51,7 +52,8 @@ class Reference:
         self._begun = False
         self._closed = False
         self._failed: OSError | None = None  # the first failure of a plan or sync
-        self._pool: deque[tuple[int, int, bool]] = deque()  # host offset, file, reused
+        # By zone: host offset, file, reused.
+        self._pools: defaultdict[int, deque[tuple[int, int, bool]]] = defaultdict(deque)
         self._dirty: dict[int, Place] = {}  # guest cluster -> where it will be mapped
 
     def __enter__(self) -> Reference:
@@ -201,7 +203,7 @@ class Reference:
         if self.top.identity_file is not None:
             host_offset, file, reused = cluster * size, self.top.identity_file, False
         else:
-            host_offset, file, reused = self._take()
+            host_offset, file, reused = self._take(cluster * size)
         try:
             if hides or self.top.cipher is not None:
                 content[within : within + len(data)] = data
@@ -224,16 +226,21 @@ class Reference:
         if inside < size:
             yield 0, Extent(start + inside, size - inside, Kind.ZERO)
 
-    def _take(self) -> tuple[int, int, bool]:
+    def _take(self, guest_offset: int) -> tuple[int, int, bool]:
         """A host cluster that reads as zeros and belongs to nobody."""
-        if not self._pool:
-            reservation = self.top.reserve(POOL)
+        zones = self.top.zones
+        pool = self._pools[bisect_right([end for end, _ in zones[:-1]], guest_offset)]
+        if not pool:
+            if zones:
+                reservation = self.top.reserve_at(POOL, guest_offset)
+            else:
+                reservation = self.top.reserve(POOL)
             self._carry_out(reservation.plan)
             for run in reservation.runs:
                 for i in range(run.count):
                     place = run.host_offset + i * self.top.cluster_size
-                    self._pool.append((place, run.file, reservation.reused))
-        return self._pool.popleft()
+                    pool.append((place, run.file, reservation.reused))
+        return pool.popleft()
 
     def flush(self) -> None:
         """Everything written so far is durable when this returns."""
@@ -297,8 +304,9 @@ class Reference:
             return
         if self._begun and not self._failed:
             self.flush()
-            self.top.release([Run(host_offset, 1, file) for host_offset, file, _ in self._pool])
-            self._pool.clear()
+            left = [place for pool in self._pools.values() for place in pool]
+            self.top.release([Run(host_offset, 1, file) for host_offset, file, _ in left])
+            self._pools.clear()
             self._carry_out(self.top.end())
             self._sync()
         self._closed = True

@@ -261,7 +261,7 @@ def test_a_failed_data_write_gives_the_cluster_back_and_changes_nothing(tmp_path
         disk = Reference([toy])
         disk.pwrite(C, b"D")
         toy_place = toy.end_of_file
-        disk._take()  # so that the next write needs no plan
+        disk._take(0)  # so that the next write needs no plan
         file.broken = {"pwrite"}
         with pytest.raises(OSError, match="broken"):
             disk.pwrite(0, b"x")

@@ -148,6 +148,8 @@ class Disk:
                     owned=entry.owned,
                 )
                 assert given == number
+            if self.image.zones:  # the top image's file numbers are the engine's
+                engine.set_zones(self.image.zones)
             for number, layer in enumerate(self.layers):
                 if layer.cipher is not None:
                     for file in self.numbers(number):

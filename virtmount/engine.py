@@ -14,7 +14,7 @@ import functools
 import importlib
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -176,6 +176,12 @@ class Engine:
         )
         check(self._lib.vm_engine_set_cipher(self._engine, file, c_cipher))
         self._ffi.memmove(c_cipher.key, bytes(64), 64)
+
+    def set_zones(self, zones: Sequence[tuple[int, int]]) -> None:
+        """(end, file) of each zone of the disk; before run()."""
+        ends = self._ffi.new("uint64_t[]", [end for end, _ in zones])
+        files = self._ffi.new("uint32_t[]", [file for _, file in zones])
+        check(self._lib.vm_engine_set_zones(self._engine, ends, files, len(zones)))
 
     def run(self) -> None:
         """The loop; returns after stop().  OSError: there is no io_uring."""

@@ -225,6 +225,9 @@ class Image(ABC):
     # The number of a file in which each new cluster lies at its guest offset: reserve() is not
     # called, and what no mapping uses of that file reads as zeros once begin()'s plan is done.
     identity_file: int | None = None
+    # (end, file): new clusters of the guest bytes from one zone up to `end` lie in that file;
+    # reserve_at() is asked instead of reserve().  Ends are multiples of the cluster, but the last.
+    zones: Sequence[tuple[int, int]] = ()
     cipher: Cipher | None = None  # of all DATA and SHARED clusters
     parent: ParentRef | None = None
     identity: str | None = None
@@ -297,6 +300,10 @@ class Image(ABC):
         again: then the runs come back through release(), whatever of the plan was carried out.
         """
         raise Unsupported(self.files[0], "", f"{self.name}: writing")
+
+    def reserve_at(self, count: int, guest_offset: int) -> Reservation:
+        """The same for the zone that `guest_offset` lies in, where the image has `zones`."""
+        return self.reserve(count)
 
     def commit(self, dirty: Sequence[Dirty]) -> Plan:
         """Make the new mappings of `dirty` durable; empty where nothing has to be written.

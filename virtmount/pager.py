@@ -44,7 +44,7 @@ from virtmount.disk import Disk
 from virtmount.engine import DIRTY_BATCH, Engine, Fault, FaultType
 from virtmount.errors import NoTransport, VirtmountError
 from virtmount.fill import Filler
-from virtmount.image import Run
+from virtmount.image import Reservation, Run
 from virtmount.plan import Barrier, Plan
 
 IDLE_MS = 1000  # how long a new mapping may stay uncommitted when nobody asks for a flush
@@ -206,7 +206,7 @@ class Pager:
                 case FaultType.INFLATE:
                     self._workers.submit(self._inflate, fault)
                 case FaultType.REFILL:
-                    self._answer(fault, functools.partial(self._refill, fault.arg))
+                    self._answer(fault, functools.partial(self._refill, fault.arg, fault.offset))
                 case FaultType.BEGIN:
                     self._answer(fault, self._begin)
                 case FaultType.DISCARD | FaultType.ZERO:
@@ -274,13 +274,13 @@ class Pager:
                 hostfile.execute(self._image.begin(), self._files, self.engine.drain)
             self._begun = True
 
-    def _refill(self, asked: int) -> None:
+    def _refill(self, asked: int, guest_offset: int) -> None:
         self._refuse_failed()
         if self._stopping:  # what is reserved now might not come back in time to be released
             raise Quiet(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
         self._begin()
         try:
-            reservation = self._image.reserve(self._wanted(asked))
+            reservation = self._reserve(self._wanted(asked), guest_offset)
         except OSError as error:
             # Often harmless: there may be no unmapped cluster left that would need one.
             log.info("%s: no host clusters: %s", self._files[0], error)
@@ -300,6 +300,11 @@ class Pager:
                 with self._failing():
                     raise ValueError(f"{self._image.name}: reserved its own metadata, {run}")
             self.engine.pool_add(run, reused=reservation.reused)
+
+    def _reserve(self, count: int, guest_offset: int) -> Reservation:
+        if self._image.zones:
+            return self._image.reserve_at(count, guest_offset)
+        return self._image.reserve(count)
 
     def _wanted(self, asked: int) -> int:
         """How many clusters to reserve: enough that a sequential writer need not wait for us."""
