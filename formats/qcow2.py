@@ -381,7 +381,7 @@ class QCOW2(Image):
         bitmaps = (0, 0)
         if header.autoclear & BITMAPS_VALID:
             bitmaps = qcow2_bitmaps.directory(header.extensions.get(BITMAPS, b""))
-            if sum(bitmaps) > self._file.size or bitmaps[0] % size:
+            if sum(bitmaps) > self._file.size or bitmaps[0] % size or not bitmaps[0]:
                 bitmaps = (0, 0)
         places = {
             (0, size),

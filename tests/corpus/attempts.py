@@ -275,8 +275,11 @@ class Attempt:
         verdict = Verdict(self.case.name, writable=True)
         before = fingerprint(self.folder)
         session: Session | None = None
+        mine = {str(self.path)}
         with self._judged(verdict), self._opened(verdict, writable=True) as disk:
             if disk:
+                # Extents and data files belong to the image.
+                mine |= {str(file.path) for file in disk.image.files}
                 content = read_all(disk, self.case.step)
                 self._note(verdict, content)
                 session = Session(disk, content, self.case.step)
@@ -287,8 +290,7 @@ class Attempt:
             if after != before:
                 verdict.wrong.append("the files were changed, though it was refused")
             return verdict
-        mine = str(self.path)
-        if {**before, mine: 0} != {**after, mine: 0}:
+        if {**before, **dict.fromkeys(mine)} != {**after, **dict.fromkeys(mine)}:
             verdict.wrong.append("another file was changed by writing")
         again = Verdict(self.case.name, writable=False)
         with self._judged(again), self._opened(again, writable=False) as disk:

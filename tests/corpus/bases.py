@@ -216,7 +216,7 @@ def makers() -> Mapping[str, Maker]:
             format,
             make,
             cluster,
-            {"qcow2": _map_qcow2, "vdi": _map_vdi, "vhdx": _map_vhdx}[format],
+            {"qcow2": locate_qcow2, "vdi": _map_vdi, "vhdx": _map_vhdx}[format],
             big=format == "qcow2",
             beside=below if name == "qcow2-child" else None,
         )
@@ -259,7 +259,7 @@ def load(folder: Path, name: str) -> Base:
 OFFSET = 0x00FFFFFFFFFFFE00
 
 
-def _map_qcow2(base: Base) -> None:
+def locate_qcow2(base: Base) -> None:
     cluster = base.cluster
     l1, refcounts = base.number(40, 8), base.number(48, 8)
     base.at = {"l1": l1, "refcounts": refcounts, "block": base.number(refcounts, 8)}

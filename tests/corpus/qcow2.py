@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from functools import partial
 
+from tests.corpus import qcow2_features
 from tests.corpus.bases import KIB, MIB, PACKED, ZEROED, Base
 from tests.corpus.mutations import (
     ANY,
@@ -21,6 +22,7 @@ from tests.corpus.mutations import (
     writing,
 )
 
+MAKERS = qcow2_features.MAKERS
 COPIED, COMPRESSED = 1 << 63, 1 << 62
 U32, U64 = 0xFFFFFFFF, (1 << 64) - 1
 CLUSTER = 512
@@ -245,6 +247,7 @@ def mutations() -> Iterator[Mutation]:
     yield from streams()
     yield from files()
     yield from large()
+    yield from qcow2_features.mutations()
 
 
 def headers() -> Iterator[Mutation]:
