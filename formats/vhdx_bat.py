@@ -25,7 +25,7 @@ PAGE = 512  # entries that are passed over together if all are zero
 BITMAP = MIB  # bytes of a sector bitmap block
 SECTOR = 4096  # what the log changes at once
 MAX_HOLES = 1 << 16  # between the blocks of a file, that are used again
-MAX_BLOCKS = 1 << 20  # that are looked at one by one before the file is written
+MAX_BLOCKS = 1 << 21  # that are looked at one by one before the file is written
 MAX_SURVEY = 1 << 46  # ... in a file of at most so many bytes: a byte of memory for each MiB
 
 _ZEROS = bytes(PIECE)

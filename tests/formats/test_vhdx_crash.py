@@ -22,7 +22,8 @@ from tests.formats.make_vhdx import MIB, log_entry, make
 from tests.reference import Reference
 from virtmount import hostfile
 from virtmount.formats.vhdx import VHDX
-from virtmount.image import Dirty, Run
+from virtmount.image import DEFAULTS, Dirty, Run
+from virtmount.upkeep import Finding, Repair, Severity
 
 SIZE = 24 * 1024 * MIB  # 48 BAT sectors
 STATES = int(os.environ.get("VIRTMOUNT_CRASH_POINTS", "14"))  # per test; 0: all
@@ -118,6 +119,13 @@ def ours(path: Path, blocks: Sequence[int]) -> dict[int, bytes]:
         return {block: disk.pread(block * MIB, 512) for block in blocks}
 
 
+def damaged(path: Path) -> list[Finding]:
+    """What our own check has against it.  A torn header and a pending log are no damage."""
+    with hostfile.HostFile(path) as file:
+        found = VHDX.check(file, DEFAULTS, Repair.NOTHING)
+        return [f for f in found if isinstance(f, Finding) and f.severity is Severity.DAMAGE]
+
+
 def judge(disk: Disk, folder: Path) -> int:
     """Look at sampled states of a disk's log, with qemu and with us."""
     states = sampled(disk.log, disk.first)
@@ -131,6 +139,7 @@ def judge(disk: Disk, folder: Path) -> int:
         for block in blocks:
             legal = (done.get(block, bytes(512)), later.get(block, bytes(512)))
             assert found[block] in legal, f"block {block}\n{place}"
+        assert damaged(path) == [], place
         # qemu replays, finds nothing to complain about, reads the same and writes.
         said = subprocess.run(
             ["qemu-img", "check", "-r", "all", path], capture_output=True, text=True, timeout=60
