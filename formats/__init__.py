@@ -89,12 +89,12 @@ def probe(file: HostFile) -> type[Image]:
             names = " and ".join(sure + others)
             raise NotAnImage(file, "", f"looks like {names}", hint="say which with --format")
         driver = found[Match.SURE][0]
-        if (
-            file.path.suffix.lower() in RAW_NAMES
-            and driver.probe(head, bytes(len(tail)), size) is not Match.SURE
+        raw = "a device" if file.is_device else "named like a raw disk"
+        if (file.is_device or file.path.suffix.lower() in RAW_NAMES) and (
+            driver.probe(head, bytes(len(tail)), size) is not Match.SURE
         ):
             # The guest of a raw disk may have written it.
-            text = f"named like a raw disk, and ends like {driver.name}"
+            text = f"{raw}, and ends like {driver.name}"
             raise NotAnImage(file, "", text, hint="say which with --format")
         return driver
     for magics, what, hint in (

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
+import lzma
 import struct
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,7 @@ from tests.formats.make_vhd import (
     child_of,
     pattern,
 )
+from tests.formats.whole_vhd import check
 from tests.reference import Reference
 from virtmount import formats
 from virtmount.chain import open_chain
@@ -38,6 +42,7 @@ from virtmount.formats import vhd_footer
 from virtmount.formats.vhd import VHD
 from virtmount.hostfile import HostFile
 from virtmount.image import Kind, Match, Options
+from virtmount.upkeep import Severity
 
 BLOCK = 64 * KIB
 SIZE = 4 * BLOCK
@@ -217,6 +222,49 @@ def test_what_is_named_like_a_raw_disk_and_ends_like_a_fixed_image_must_be_named
     # The name of a dynamic one may be whatever it likes: it does not depend on the end.
     with virtmount.open(dynamic().write(tmp_path / "other.img")) as disk:
         assert disk.size == SIZE
+
+
+class Device(HostFile):
+    """A file that is taken for a block device: its length stays."""
+
+    def __init__(self, path: Path, *, writable: bool = False) -> None:
+        super().__init__(path, writable=writable)
+        self.is_device = True
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def truncate(self, size: int) -> None:
+        raise OSError(errno.EINVAL, "a device")
+
+    def pwrite(self, offset: int, data: bytes) -> None:
+        assert offset + len(data) <= self.size
+        super().pwrite(offset, data)
+
+
+def test_a_raw_device_whose_guest_wrote_a_footer_must_be_named(tmp_path: Path) -> None:
+    path = make_vhd.fixed(tmp_path / "sdb", bytes(MIB))
+    with Device(path) as file, pytest.raises(NotAnImage, match="a device, and ends like vhd"):
+        formats.probe(file)
+
+
+def test_an_image_on_a_device_is_written_as_far_as_that_goes(tmp_path: Path) -> None:
+    """Its footer goes to the device's end, and no block over that."""
+    path = tmp_path / "sdb"
+    path.write_bytes(dynamic().build().ljust(4 * BLOCK, b"\0"))
+    with Device(path, writable=True) as file:
+        assert formats.probe(file) is VHD
+        with Reference([VHD(file)]) as disk:
+            disk.pwrite(3 * BLOCK + 5, b"third")
+            with pytest.raises(OSError, match="No space left"):
+                disk.pwrite(BLOCK, b"no room")
+    (finding,) = check(path)
+    assert finding.severity is Severity.LEAK, "only in a file that could be shorter"
+    raw = path.read_bytes()
+    assert len(raw) == 4 * BLOCK
+    assert raw[:512] == raw[-512:] == dynamic().build()[:512]
+    assert read(path)[3 * BLOCK :].startswith(bytes(5) + b"third" + bytes(100))
 
 
 @pytest.mark.parametrize("name", ["disk.vhd", "disk", "disk.VHD", "azure-page-blob.bak"])
@@ -775,6 +823,31 @@ def test_whatever_is_wrong_is_refused_or_read_inside_the_file(
 
 
 # Other programs
+
+IMAGES = Path(__file__).parents[1] / "corpus" / "images"
+
+
+@pytest.mark.parametrize("name", ["windows-child", "windows-parent"])
+def test_windows_made(tmp_path: Path, name: str) -> None:
+    """A child of which 176 and 32 sectors are its own, over a fixed image; libvhdi, 7-Zip and
+    VirtualBox agree on what is in it."""
+    for each in ("windows-child.vhd", "windows-parent.vhd"):
+        raw = lzma.decompress((IMAGES / f"{each}.xz").read_bytes())
+        # It was moved since: what Windows called it lies nowhere here.
+        (tmp_path / each.replace("windows-parent", "ntfs-parent")).write_bytes(raw)
+    path = tmp_path / f"{name}.vhd".replace("windows-parent", "ntfs-parent")
+    digest = {
+        "windows-child": "b7922a46a6b08fa4f4fc0c51a25d5587d1d49f15cfade45ca740dd07110ae144",
+        "windows-parent": "c91d1766dd4b3327f33a082cbf958d3566dd84a3d71c2473a5ae6155e53171de",
+    }[name]
+    assert sha256(read(path)).hexdigest() == digest
+    assert sha256(engine_read(path)).hexdigest() == digest
+    with virtmount.open(path, writable=True) as disk:
+        before = bytearray(disk.pread(0, disk.size))
+        for at in (0, 1 << 20, 3 << 20, disk.size - 512):
+            disk.pwrite(at, b"written" * 73 + b"!")
+            before[at : at + 512] = b"written" * 73 + b"!"
+    assert read(path) == seven_zip(path) == libvhdi(path, tmp_path) == before
 
 
 def seven_zip(path: Path) -> bytes:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import virtmount
+from tests.conformance.disks import ENGINES, Disk
 from tests.formats import make_vhd
 from tests.formats.make_vhd import DYNAMIC, FREE, KIB, MIB, Block, Spec, pattern
-from tests.formats.test_vhd import content, read, seven_zip
+from tests.formats.test_vhd import content, make_pair, read, seven_zip
 from tests.reference import Reference
 from virtmount import hostfile
 from virtmount.formats.vhd import VHD
@@ -302,6 +303,37 @@ def test_many_sessions_of_writes_and_discards(tmp_path: Path, seed: int) -> None
             assert disk.pread(0, disk.size) == model
         sound(path)
         assert read(path) == model
+
+
+@pytest.mark.parametrize("opened", ["reference", "engine"])
+@pytest.mark.parametrize("seed", range(2))
+def test_many_sessions_over_a_parent(tmp_path: Path, seed: int, opened: str) -> None:
+    """Blocks become whole as they are written; the parent stays, and 7-Zip agrees."""
+    random_ = random.Random(seed)
+    path, expected = make_pair(tmp_path, "dynamic")
+    base = (tmp_path / "base.vhd").read_bytes()
+    model = bytearray(expected)
+    for _ in range(4):
+        disk: Disk = ENGINES[opened](path, "vhd", True)
+        try:
+            for _ in range(12):
+                offset = random_.randrange(len(model) // 512) * 512
+                length = min(random_.choice([512, 4096, 70000]), len(model) - offset)
+                if random_.random() < 0.3:
+                    disk.write_zeroes(offset, length)
+                    model[offset : offset + length] = bytes(length)
+                else:
+                    data = random_.randbytes(length)
+                    disk.pwrite(offset, data)
+                    model[offset : offset + length] = data
+                if random_.random() < 0.3:
+                    disk.flush()
+            assert disk.pread(0, disk.size) == model
+        finally:
+            disk.close()
+        sound(path)
+        assert read(path) == seven_zip(path) == model
+    assert (tmp_path / "base.vhd").read_bytes() == base
 
 
 def test_plans_of_an_image_without_a_writer_are_empty(tmp_path: Path) -> None:
