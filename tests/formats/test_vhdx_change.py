@@ -14,6 +14,7 @@ from uuid import UUID
 
 import pytest
 
+import virtmount
 from tests.crash.simulate import Cut, Epoch, Log, SimulatedFile, Store
 from tests.formats import make_vhdx as mk
 from tests.formats.make_vhdx import MIB, Item, Made, make
@@ -503,3 +504,69 @@ def test_a_parting_that_is_cut(tmp_path: Path) -> None:
         parents = [pair.parent.path] if image.parent else []
         assert read(state, *parents)[1] == pair.content, epoch.describe(cut)
     assert seen == {"dynamic", "differencing"}
+
+
+# By the tools
+
+
+def written(path: Path, changes: dict[int, bytes]) -> None:
+    with virtmount.open(path, writable=True) as disk:
+        for at, data in changes.items():
+            disk.pwrite(at, data)
+
+
+def shown(path: Path) -> bytes:
+    with virtmount.open(path) as disk:
+        return disk.pread(0, disk.size)
+
+
+def test_a_chain_is_made_rebased_and_committed(tmp_path: Path) -> None:
+    base, child = tmp_path / "base.vhdx", tmp_path / "child.vhdx"
+    virtmount.create(base, 20 * MIB, settings={"block_size": "1M"})
+    written(base, {0: b"b" * 3 * MIB, 10 * MIB: b"c" * 512})
+    virtmount.create(child, parent=base)
+    written(child, {MIB + 512: b"x" * 512, 15 * MIB: b"y" * 4096})
+    expected = shown(child)
+    assert expected[MIB : MIB + 1536] == b"b" * 512 + b"x" * 512 + b"b" * 512
+
+    # The same bytes under another name, and a parent that differs.
+    other = tmp_path / "other.vhdx"
+    virtmount.create(other, 20 * MIB)
+    written(other, {0: b"b" * MIB, 12 * MIB: b"z" * MIB})
+    virtmount.rebase(child, other)
+    assert shown(child) == expected
+    assert contents_by_7zip(child) == expected
+
+    before = shown(other)
+    assert before != expected
+    virtmount.commit(child)
+    assert shown(other) == expected
+    assert shown(child) == expected  # it records the parent's new state
+
+    virtmount.rebase(child, None)
+    other.unlink()
+    base.unlink()
+    assert shown(child) == expected
+    check(child)
+    assert contents_by_qemu(child) == expected
+
+
+def test_a_child_grows_over_a_longer_parent(tmp_path: Path) -> None:
+    base, child = tmp_path / "base.vhdx", tmp_path / "child.vhdx"
+    virtmount.create(base, 20 * MIB, settings={"block_size": "1M"})
+    written(base, {0: b"b" * 20 * MIB})
+    virtmount.create(child, 5 * MIB + 512, parent=base)
+    virtmount.resize(child, 12 * MIB)
+    assert shown(child) == (b"b" * (5 * MIB + 512)).ljust(12 * MIB, b"\0")
+
+
+def test_partial_blocks_are_rebased(tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, 13 * MIB)
+    other = tmp_path / "other.vhdx"
+    virtmount.create(other, 13 * MIB)
+    written(other, {i * MIB: b"o" * 4096 for i in range(13)})
+    virtmount.rebase(pair.child.path, other)
+    assert shown(pair.child.path) == pair.content
+    virtmount.rebase(pair.child.path, None)
+    assert shown(pair.child.path) == pair.content
+    assert contents_by_qemu(pair.child.path) == pair.content

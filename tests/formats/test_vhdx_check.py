@@ -17,8 +17,8 @@ from tests.formats.make_vhdx import MIB, Made, make
 from tests.formats.vhdx_chains import CHILD, PARENT, make_pair
 from tests.reference import Reference
 from virtmount import hostfile
-from virtmount.check import CannotCheck
-from virtmount.check import check as run_check
+from virtmount.checking import CannotCheck
+from virtmount.checking import check as run_check
 from virtmount.errors import Corrupt, NotAnImage
 from virtmount.formats import vhdx_check
 from virtmount.formats.vhdx import VHDX
