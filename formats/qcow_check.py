@@ -78,7 +78,9 @@ class Survey:
                 text = f"L2 table at {offset}, the file ends at {self.file.size}"
                 yield Wrong(place, text, followed=False)
             elif offset < last or any(offset < at + n and at < end for at, n in fixed):
-                yield Wrong(place, f"the L2 table at {offset} overlaps another table")
+                # Whether or not it is one, what is read through it must not be punched.
+                text = f"the L2 table at {offset} overlaps another table"
+                yield Wrong(place, text, followed=False)
             else:
                 self._mark(offset, header.table_size)
                 last = end

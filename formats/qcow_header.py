@@ -100,8 +100,10 @@ def read_header(file: HostFile) -> Header:
             f"an L1 table of {entries} entries for {fields.size} bytes, at most {MAX_L1 // ENTRY}"
         )
         raise Unsupported(file, "header+24", text)
-    if fields.l1_offset < Fields.sizeof() or fields.l1_offset >= 1 << 62:
-        raise Corrupt(file, "header+40", f"L1 table at {fields.l1_offset}")
+    # The table of a new image may not be there yet: it is all zeros then.
+    if not Fields.sizeof() <= fields.l1_offset <= -(-file.size // SECTOR) * SECTOR:
+        text = f"L1 table at {fields.l1_offset}, the file ends at {file.size}"
+        raise Corrupt(file, "header+40", text)
     return Header(
         size=fields.size,
         cluster_size=1 << fields.cluster_bits,
