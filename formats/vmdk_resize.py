@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from virtmount.errors import Unsupported
+from virtmount.errors import NeedsRecovery, Unsupported
 from virtmount.formats.vmdk_cowd import CowdExtent
 from virtmount.formats.vmdk_descriptor import Descriptor, rewrite
 from virtmount.formats.vmdk_grains import ENTRY, LIMIT, SECTOR, Tables, packed
@@ -69,6 +69,9 @@ def _sparse(tables: Tables, length: int) -> Iterator[Step]:
     if sectors >= LIMIT:
         text = f"{length} bytes in one sparse extent, at most {(LIMIT - 1) * SECTOR}"
         raise Unsupported(tables.file, "size", text)
+    if tables.unclean:
+        text = "the file was not closed"
+        raise NeedsRecovery(tables.file, "header", text, hint="virtmount check --repair")
     old, old_tables = tables.capacity, tables.tables
     header = bytearray(tables.file.pread(0, SECTOR))
     yield from _empty_tail(tables, old)
