@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from virtmount import formats
-from virtmount.errors import Unsupported
+from virtmount.chain import Opener, close_image
+from virtmount.errors import Denied, NeedsRecovery, NotAnImage, Unsupported
 from virtmount.hostfile import HostFile, execute, sync_all
 from virtmount.image import DEFAULTS, Image, Options
 from virtmount.plan import Plan
@@ -40,8 +42,13 @@ class CheckReport:
     repaired: int = 0
 
     @property
+    def damaged(self) -> bool:
+        """Whether damage was found that was not mended."""
+        return self.left[Severity.DAMAGE] > 0
+
+    @property
     def exit_code(self) -> int:
-        if self.left[Severity.DAMAGE]:
+        if self.damaged:
             return DAMAGED
         return LEAKING if self.left[Severity.LEAK] else CLEAN
 
@@ -77,8 +84,8 @@ def check(
 ) -> CheckReport:
     """Look at all metadata of one image; its parents are not opened.
 
-    The image is locked; nothing is written without `repair`.  `tell` gets every finding as it is
-    made.  Unsupported (exit code 63) where the format has no check.
+    The image is locked; nothing is written without `repair`.  What is sound can also be opened.
+    `tell` gets every finding as it is made.  CannotCheck where the format has no check.
     """
     with HostFile(path, writable=repair is not Repair.NOTHING) as file:
         driver = _driver(file, format)
@@ -86,23 +93,37 @@ def check(
 
         def note(finding: Finding) -> None:
             found.found[finding.severity] += 1
+            found.left[finding.severity] += not finding.repaired
             found.repaired += finding.repaired
             if len(found.findings) < MAX_FINDINGS:
                 found.findings.append(finding)
             tell(finding)
 
         wrote = _look(driver, file, options, repair, note, report)
-        found.left = found.found
     if wrote:
-        left: Counter[Severity] = Counter()
+        found.left.clear()
         with HostFile(path) as file:
             _look(
                 *(driver, file, options, Repair.NOTHING),
-                lambda finding: left.update([finding.severity]),
+                lambda finding: found.left.update([finding.severity]),
                 report,
             )
-        found.left = left
+    refused = _refused(path, driver, options)
+    if refused is not None and not (found.damaged and refused.severity is Severity.DAMAGE):
+        note(refused)
     return found
+
+
+def _refused(path: str | os.PathLike[str], driver: type[Image], options: Options) -> Finding | None:
+    """What opening the image says against it, whatever its check has said: it must open too."""
+    opener = Opener(path, options=dataclasses.replace(options, changing_parent=True))
+    try:
+        close_image(opener.open_top(driver.name, writable=False))
+    except (NotAnImage, NeedsRecovery) as error:
+        return Finding(Severity.DAMAGE, error.place, error.text)
+    except (Unsupported, Denied) as error:
+        return Finding(Severity.NOTE, error.place, error.text)
+    return None
 
 
 def _driver(file: HostFile, format: str | None) -> type[Image]:

@@ -28,7 +28,15 @@ from virtmount import api, checking, cli, formats
 from virtmount.comparison import Comparison, compare, first_difference
 from virtmount.conversion import convert
 from virtmount.creation import create
-from virtmount.errors import Busy, Corrupt, NotAnImage, VirtmountError
+from virtmount.errors import (
+    Busy,
+    Corrupt,
+    Denied,
+    NeedsRecovery,
+    NotAnImage,
+    Unsupported,
+    VirtmountError,
+)
 from virtmount.hostfile import HostFile
 from virtmount.image import Image, Options
 from virtmount.info import snapshots
@@ -74,22 +82,22 @@ class Checked(Toy):
 
     checks: ClassVar[bool] = True
     PLACES: ClassVar[dict[int, Severity]] = {
-        3900: Severity.LEAK,
-        3901: Severity.DAMAGE,
-        3902: Severity.DAMAGE,  # nothing mends it
-        3903: Severity.NOTE,
+        4050: Severity.LEAK,
+        4051: Severity.DAMAGE,
+        4052: Severity.DAMAGE,  # nothing mends it
+        4053: Severity.NOTE,
     }
 
     @classmethod
     def check(cls, file: HostFile, options: Options, repair: Repair) -> Iterator[Item]:
-        if file.pread(3904, 1) != b"\0":
-            raise Corrupt(file, "byte 3904", "no way")
+        if file.pread(4054, 1) != b"\0":
+            raise Corrupt(file, "byte 4054", "no way")
         for number, (at, severity) in enumerate(cls.PLACES.items()):
             yield Progress(number, len(cls.PLACES))
             if file.pread(at, 1) == b"\0":
                 continue
             may = {Severity.LEAK: repair is not Repair.NOTHING}.get(severity, repair is Repair.ALL)
-            mends = may and file.writable and severity is not Severity.NOTE and at != 3902
+            mends = may and file.writable and severity is not Severity.NOTE and at != 4052
             yield Finding(severity, f"byte {at}", "a fault", repaired=mends)
             if mends:
                 yield Plan(Write(at, b"\0"), Barrier)
@@ -117,17 +125,17 @@ def faulty(path: Path, *places: int) -> Path:
     [
         ((), None, 0, ()),
         ((), "all", 0, ()),
-        ((3903,), None, 0, (3903,)),
-        ((3900,), None, 3, (3900,)),
-        ((3900,), "leaks", 0, ()),
-        ((3901,), None, 2, (3901,)),
-        ((3901,), "leaks", 2, (3901,)),
-        ((3901,), "all", 0, ()),
-        ((3900, 3901), None, 2, (3900, 3901)),
-        ((3900, 3901), "leaks", 2, (3901,)),
-        ((3900, 3901), "all", 0, ()),
-        ((3900, 3902), "all", 2, (3902,)),
-        ((3900, 3904), "all", 1, (3900, 3904)),
+        ((4053,), None, 0, (4053,)),
+        ((4050,), None, 3, (4050,)),
+        ((4050,), "leaks", 0, ()),
+        ((4051,), None, 2, (4051,)),
+        ((4051,), "leaks", 2, (4051,)),
+        ((4051,), "all", 0, ()),
+        ((4050, 4051), None, 2, (4050, 4051)),
+        ((4050, 4051), "leaks", 2, (4051,)),
+        ((4050, 4051), "all", 0, ()),
+        ((4050, 4052), "all", 2, (4052,)),
+        ((4050, 4054), "all", 1, (4050, 4054)),
     ],
 )
 def test_exit_codes_and_what_is_mended(
@@ -143,7 +151,7 @@ def test_exit_codes_and_what_is_mended(
     words = [] if repair is None else [f"--repair={repair}"]
     assert cli.main(["check", *words, str(path)]) == code
     data = path.read_bytes()
-    assert tuple(at for at in range(3900, 3905) if data[at]) == left
+    assert tuple(at for at in range(4050, 4055) if data[at]) == left
     told = capsys.readouterr()
     assert ("sound" in told.out) == (code == 0)
     assert ("no way" in told.err) == (code == 1)
@@ -153,13 +161,13 @@ def test_exit_codes_and_what_is_mended(
 
 
 def test_repair_alone_means_all(tmp_path: Path, checked: None) -> None:
-    path = faulty(tmp_path / "disk.toy", 3900, 3901)
+    path = faulty(tmp_path / "disk.toy", 4050, 4051)
     assert cli.main(["check", "--repair", str(path)]) == 0
-    assert path.read_bytes()[3900:3902] == b"\0\0"
+    assert path.read_bytes()[4050:4052] == b"\0\0"
 
 
 def test_json(tmp_path: Path, checked: None, capsys: pytest.CaptureFixture[str]) -> None:
-    path = faulty(tmp_path / "disk.toy", 3900, 3901, 3902)
+    path = faulty(tmp_path / "disk.toy", 4050, 4051, 4052)
     assert cli.main(["check", "--json", "--repair", str(path)]) == 2
     told = json.loads(capsys.readouterr().out)
     assert told["version"] == 1
@@ -168,8 +176,32 @@ def test_json(tmp_path: Path, checked: None, capsys: pytest.CaptureFixture[str])
     assert told["clean"] is False
     assert told["repaired"] == 2
     assert told["findings"][0] == {
-        **{"severity": "leak", "place": "byte 3900", "text": "a fault", "repaired": True}
+        **{"severity": "leak", "place": "byte 4050", "text": "a fault", "repaired": True}
     }
+
+
+def test_what_cannot_be_opened_is_not_sound(
+    tmp_path: Path, checked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its own check says."""
+    path = faulty(tmp_path / "disk.toy", 4051)
+    for error, code, severity in (
+        (Corrupt("x", "header+8", "no size"), 2, Severity.DAMAGE),
+        (NotAnImage("x", "", "no size"), 2, Severity.DAMAGE),
+        (NeedsRecovery("x", "", "a log"), 2, Severity.DAMAGE),
+        (Unsupported("x", "", "bit 7"), 0, Severity.NOTE),
+        (Denied("x", "", "encrypted"), 0, Severity.NOTE),
+    ):
+
+        def fail(self: Checked, file: HostFile, options: Options, error: Exception = error) -> None:
+            assert options.changing_parent  # whose parents are not looked at
+            raise error
+
+        monkeypatch.setattr(Checked, "__init__", fail)
+        found = checking.check(path, repair=Repair.ALL)
+        assert found.exit_code == code
+        assert found.findings[-1].severity is severity
+        assert found.left[severity] == 1
 
 
 def test_findings_are_counted_but_not_all_kept(
@@ -187,7 +219,7 @@ def test_findings_are_counted_but_not_all_kept(
 
 
 def test_checking_only_reads_and_locks(tmp_path: Path, checked: None) -> None:
-    path = faulty(tmp_path / "disk.toy", 3900)
+    path = faulty(tmp_path / "disk.toy", 4050)
     path.chmod(0o444)
     assert checking.check(path).exit_code == 3
     with HostFile(path):
