@@ -141,6 +141,8 @@ class QCOW2(Image):
         self._l1 = read_table(file, l1_offset, l1_size)
         self._l1_place = l1_offset, l1_size * ENTRY
         self._words: tuple[int, array[int]] | None = None  # leaf, the words of its L2 entries
+        # What begin() has to do to a data file: wipe (offset, length), or map (first, count).
+        self._unready: list[tuple[int, int]] = []
         self._kept: list[int] = []  # clusters of tables that belong to snapshots only
         self.memory = l1_size * ENTRY
         self._zstd = self._load_zstd() if header.compression == "zstd" else None
@@ -427,6 +429,9 @@ class QCOW2(Image):
         )
         self._refuse_uncounted()
         self._refuse_missing()
+        if header.data_file is not None:
+            look = qcow2_data_file.incomplete if header.raw_data_file else qcow2_data_file.wipe
+            self._unready = look(file, self._l1, self._entries, self._clusters)
         self.caps = Caps(write=True, discard=True, zero_hides_parent=header.version > 2)
 
     def _keep_snapshots(self) -> None:
@@ -538,8 +543,8 @@ class QCOW2(Image):
             if header.raw_data_file:
                 plan = self._map_all()
             else:
-                holes = qcow2_data_file.wipe(self._file, self._l1, self._entries, self._clusters)
-                steps += [Punch(offset, length, 1) for offset, length in holes]
+                steps += [Punch(offset, length, 1) for offset, length in self._unready]
+            self._unready = []
         return Plan(*steps, Barrier) + plan if steps else plan
 
     def _first_steps(self, *, resized: bool = False) -> list[Step]:
@@ -570,7 +575,7 @@ class QCOW2(Image):
 
     def _map_all(self) -> Plan:
         """A raw data file holds every cluster: make the tables say so."""
-        parts = qcow2_data_file.incomplete(self._file, self._l1, self._entries, self._clusters)
+        parts = self._unready
         if not parts:
             return Plan()
         with self._drafting() as draft:

@@ -35,15 +35,22 @@ MAX_NEW_TABLES = 64 << 20  # bytes
 def tables(
     file: HostFile, l1: array[int], entries: Entries, clusters: int
 ) -> Iterator[tuple[int, int, array[int] | None, bool]]:
-    """First cluster, clusters, the table's words (None without a table), and whether it is full."""
+    """First cluster, clusters, the table's words, and whether it is full.
+
+    The words are None for all the tables in a row that are not there.
+    """
     size, per_table = entries.cluster_size, entries.per_table
-    for index in range(-(-clusters // per_table)):
+    index, end = 0, -(-clusters // per_table)
+    while index < end:
         first = index * per_table
-        count = min(per_table, clusters - first)
         table = l1[index] & OFFSET
+        index += 1
         if not table:
-            yield first, count, None, False
+            while index < end and not l1[index] & OFFSET:
+                index += 1
+            yield first, min(index * per_table, clusters) - first, None, False
             continue
+        count = min(per_table, clusters - first)
         words = read_table(file, table, count * entries.words)
         full = array("Q", bytes(len(words) * 8))
         full[:: entries.words] = array(
@@ -58,18 +65,21 @@ def incomplete(
     file: HostFile, l1: array[int], entries: Entries, clusters: int
 ) -> list[tuple[int, int]]:
     """First cluster and clusters of each table in which some are not mapped."""
-    found = []
+    found: list[tuple[int, int]] = []
+    per_table = entries.per_table
     for first, count, words, full in tables(file, l1, entries, clusters):
         if full:
             continue
-        found.append((first, count))
-        if words is None and len(found) * entries.cluster_size > MAX_NEW_TABLES:
+        number = len(found) + -(-count // per_table)
+        if words is None and number * entries.cluster_size > MAX_NEW_TABLES:
             raise Unsupported(
                 file,
                 "L1 table",
                 f"more than {MAX_NEW_TABLES} bytes of tables missing, for data that is there",
                 hint="open it read-only",
             )
+        end = first + count
+        found += [(low, min(per_table, end - low)) for low in range(first, end, per_table)]
     return found
 
 
