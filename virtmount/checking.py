@@ -108,8 +108,7 @@ def check(
                 lambda finding: found.left.update([finding.severity]),
                 report,
             )
-    refused = _refused(path, driver, options)
-    if refused is not None and not (found.damaged and refused.severity is Severity.DAMAGE):
+    if not found.damaged and (refused := _refused(path, driver, options)) is not None:
         note(refused)
     return found
 
@@ -121,8 +120,11 @@ def _refused(path: str | os.PathLike[str], driver: type[Image], options: Options
         close_image(opener.open_top(driver.name, writable=False))
     except (NotAnImage, NeedsRecovery) as error:
         return Finding(Severity.DAMAGE, error.place, error.text)
-    except (Unsupported, Denied) as error:
+    except Denied as error:
         return Finding(Severity.NOTE, error.place, error.text)
+    except Unsupported as error:
+        # What the check has made of it may be wrong then.
+        raise CannotCheck(error.file, error.place, error.text, hint=error.hint) from error
     return None
 
 

@@ -189,7 +189,6 @@ def test_what_cannot_be_opened_is_not_sound(
         (Corrupt("x", "header+8", "no size"), 2, Severity.DAMAGE),
         (NotAnImage("x", "", "no size"), 2, Severity.DAMAGE),
         (NeedsRecovery("x", "", "a log"), 2, Severity.DAMAGE),
-        (Unsupported("x", "", "bit 7"), 0, Severity.NOTE),
         (Denied("x", "", "encrypted"), 0, Severity.NOTE),
     ):
 
@@ -202,6 +201,14 @@ def test_what_cannot_be_opened_is_not_sound(
         assert found.exit_code == code
         assert found.findings[-1].severity is severity
         assert found.left[severity] == 1
+
+    def refuse(self: Checked, file: HostFile, options: Options) -> None:
+        raise Unsupported("x", "", "bit 7")
+
+    monkeypatch.setattr(Checked, "__init__", refuse)
+    with pytest.raises(checking.CannotCheck, match="bit 7"):
+        checking.check(path)
+    assert cli.main(["check", str(faulty(path, 4051))]) == 2  # that is sure
 
 
 def test_findings_are_counted_but_not_all_kept(
