@@ -214,12 +214,10 @@ def survey(table: Table, taken: Sequence[Region], size: int) -> Survey | None:
             kept.append((at, width))  # no data of ours, but the place is named
             continue
         if at >= file_end:
-            raise Corrupt(
-                table.file, table.describe(block), f"at {at * MIB}, the file ends at {size}"
-            )
+            raise _misplaced(table, block, f"at {at * MIB}, the file ends at {size}")
         if any(used[at : at + width]):
             text = f"at {at * MIB}, where another block or the metadata lies"
-            raise Corrupt(table.file, table.describe(block), text)
+            raise _misplaced(table, block, text)
         used[at : at + width] = whole
     for at, length in kept:
         if at < file_end:
@@ -233,6 +231,11 @@ def survey(table: Table, taken: Sequence[Region], size: int) -> Survey | None:
         at = used.find(hole, at + width, end)
     found.holes.reverse()
     return found
+
+
+def _misplaced(table: Table, block: int, text: str) -> Corrupt:
+    hint = f"virtmount check --repair {table.file}, or attach it read-only"
+    return Corrupt(table.file, table.describe(block), text, hint=hint)
 
 
 def last_end(table: Table, least: int) -> int:

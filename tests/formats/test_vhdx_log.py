@@ -549,3 +549,33 @@ def test_a_log_that_changes_what_holds_no_data_can_wait(tmp_path: Path) -> None:
     """Place 6 MiB is named by no entry, neither before nor after."""
     made = dirty(tmp_path, [entry(1, [*maps(b0=4, b1=5), (6 * MIB, b"\x5a" * 4096)])])
     all_agree(made, OLD + NEW + bytes(MIB))
+
+
+def test_data_in_a_log_of_a_parent(tmp_path: Path) -> None:
+    """Which is only read, whoever writes to its child."""
+    made = make(tmp_path / "parent.vhdx", 8 * MIB, {1: OLD, 4: NEW})
+    page = b"\x5a" * 4096
+    made.put_entry(0, log_entry(1, [(made.hosts[1] + 8192, page)], flushed=made.end))
+    made.put_headers(mk.header(1, log_guid=mk.LOG_GUID), mk.header(2, log_guid=mk.LOG_GUID))
+    child = make(
+        tmp_path / "child.vhdx",
+        8 * MIB,
+        {4: NEWER},
+        parent=mk.below(mk.DATA_WRITE, "parent.vhdx"),
+        partial={4: b"\x0f" * 256},
+        file_write=UUID(int=3),
+    )
+    expected = bytearray(8 * MIB)
+    expected[MIB : 2 * MIB] = OLD
+    expected[MIB + 8192 : MIB + 12288] = page
+    expected[4 * MIB : 5 * MIB] = (NEWER[:2048] + NEW[:2048]) * 256
+    before = made.path.read_bytes()
+    with virtmount.open(child.path, writable=True) as disk:
+        assert disk.pread(0, disk.size) == expected
+        disk.pwrite(MIB + 8192 + 512, b"w" * 512)
+        expected[MIB + 8704 : MIB + 9216] = b"w" * 512
+        assert disk.pread(0, disk.size) == expected
+    chain = open_chain(child.path)
+    assert Reference(chain.images).pread(0, 8 * MIB) == expected
+    chain.close()
+    assert made.path.read_bytes() == before
