@@ -34,6 +34,8 @@ NAMES = (
     "qcow2-4k",
     "qcow2-parent",
     "qcow2-compressed",
+    "qcow2-snapshot",
+    "qcow2-extended-parent",
     "vdi",
     "vdi-fixed",
     "vhd-exact",
