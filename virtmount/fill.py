@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from virtmount.disk import SECTOR, Disk, round_up
 from virtmount.engine import Decoder, Ranges
@@ -221,10 +221,23 @@ class _Layer:
                 raise ValueError(f"slow({cluster}): {extent} leaves a gap")
             if extent.length % self._unit:
                 raise ValueError(f"slow({cluster}): {extent} is no multiple of {self._unit}")
-            result.extend(self._piece(extent, i) for i in range(extent.length // self._unit))
+            result.extend(self._run(extent))
         if len(result) != self._repeat:
             raise ValueError(f"slow({cluster}): {len(result)} units, expected {self._repeat}")
         return result
+
+    def _run(self, extent: Extent) -> Sequence[int]:
+        """Map entries for all units of an extent; there may be thousands."""
+        count = extent.length // self._unit
+        if extent.kind not in (Kind.DATA, Kind.SHARED):
+            return [self._piece(extent, 0)] * count
+        host, length = extent.host_offset, extent.length
+        end = min(self._image.files[extent.file].size, MAX_HOST)
+        if 0 <= host <= end - length and not self.forbidden[extent.file].touch(host, length):
+            first, step = self._piece(extent, 0), self._unit >> HOST_SHIFT
+            if first != INVALID:
+                return range(first, first + count * step, step)
+        return [self._piece(extent, i) for i in range(count)]
 
     def _piece(self, extent: Extent, i: int) -> int:
         if extent.kind is Kind.COMPRESSED:
