@@ -3,7 +3,7 @@
 Programs differ in which copy of the footer they go by, so a change of the footer is written to the
 one at the end first and then to the one at the beginning, with what either needs in place before.
 A dynamic header is 1024 bytes: its first sector, where all numbers are, can be written as one; a
-change of names and locators makes a new header elsewhere, and the footers lead to it.
+change of names and locators goes by way of a second header, and the footers lead to it meanwhile.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from virtmount.formats.vhd_table import ALIGN, ONES, Geometry, pieces, touched, 
 from virtmount.formats.vhd_write import Writer
 from virtmount.hostfile import HostFile
 from virtmount.image import Image, Span
-from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Write
+from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate, Write
 from virtmount.upkeep import Choice, New
 
 CHOICES: Mapping[str, Choice] = {
@@ -229,34 +229,44 @@ def rebase(
 ) -> Plan:
     """Another parent, or none: then what is absent reads as zeros.
 
-    `header`: the old one's fields and the places that are free once it is not used any more.
+    The new header is first written elsewhere, and the footers lead to it; then to its old place,
+    where every program looks for it, and the footers lead there again.  `header`: the old one's
+    fields, its place, and those of its locators.
     """
     geometry = writer.geometry
-    fields, old = header
+    fields, (home, *old) = header
     known = _identity(file, parent, name) if parent else None
-    measured, length = _placed(parent, name, HEADER) if parent else ([], HEADER)
-    start = _room(file, geometry, writer.free_from, length)
+    measured, length = _placed(parent, name, 0) if parent else ([], 0)
     steps: list[Step] = []
-    if start is None:
-        start = -(-writer.free_from // SECTOR) * SECTOR
-        steps += writer.footer_at(start + length)
-        writer.free_from = start + length
+    start = _room(file, geometry, writer.free_from, length + HEADER)
+    if at_end := start is None:
+        start = writer.free_from
+        steps += writer.footer_at(start + length + HEADER)
+        writer.free_from = start + length + HEADER
     paths = [(code, start + at, path, room) for code, at, path, room in measured]
     entries, block = fields.entries, fields.block_size
     raw = vhd_footer.new_header(geometry.table, entries, block, known, paths)
-    steps.append(Write(start, raw))
+    elsewhere = start + length
     steps += (Write(at, path.ljust(room, b"\0")) for _, at, path, room in paths)
-    steps.append(Barrier)
+    steps += [Write(elsewhere, raw), Barrier]
     kind = DIFFERENCING if parent else DYNAMIC
-    footer = vhd_footer.changed_footer(writer.footer, data_offset=start, type=kind)
-    steps += writer.exchange_footer(footer)
+    for place in (elsewhere, home.offset):
+        if place == home.offset:
+            steps += [Write(home.offset, raw), Barrier]
+        footer = vhd_footer.changed_footer(writer.footer, data_offset=place, type=kind)
+        steps += writer.exchange_footer(footer)
     kept = [span for span in geometry.spans if span not in old]
-    for span in old:
-        if not touched([*kept, Span(start, length)], *span[:2]):
+    if length:
+        kept.append(Span(start, length))
+    for span in (Span(elsewhere, HEADER), *old):
+        if not touched(kept, *span[:2]):
             steps.append(Write(span.offset, bytes(span.length)))
-    steps.append(Barrier)
-    writer.geometry = dataclasses.replace(geometry, spans=(*kept, Span(start, length)))
-    return Plan(*steps)
+    writer.geometry = dataclasses.replace(geometry, spans=tuple(kept))
+    if at_end:
+        writer.free_from = elsewhere
+        if not file.is_device:
+            steps += [Write(elsewhere, writer.footer), Barrier, Truncate(elsewhere + SECTOR)]
+    return Plan(*steps, Barrier)
 
 
 def _room(file: HostFile, geometry: Geometry, end: int, length: int) -> int | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import random
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.crash.simulate import Log, SimulatedFile, Store
 from tests.formats import make_vhd
@@ -362,3 +365,52 @@ def test_it_says_how_far_it_is(tmp_path: Path) -> None:
     with HostFile(spec().write(tmp_path / "a.vhd")) as file:
         items = [i for i in VHD.check(file, DEFAULTS, Repair.NOTHING) if isinstance(i, Progress)]
     assert items[-1] == Progress(COUNT, COUNT)
+
+
+VALUES = st.one_of(
+    st.sampled_from([0, 1, 4, 5, 130, 133, 262, 391, 512, 1 << 31, FREE - 1, FREE]),
+    st.integers(0, FREE),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    fields=st.lists(
+        st.tuples(st.one_of(st.integers(0, 84), st.integers(512, 600)), VALUES), max_size=2
+    ),
+    entries=st.lists(st.tuples(st.integers(0, COUNT - 1), VALUES), max_size=4),
+    sums=st.booleans(),
+    cut=st.one_of(st.just(0), st.integers(0, 150_000)),
+    more=st.sampled_from([b"", bytes(512), b"\xee" * 5000]),
+)
+def test_whatever_is_mended_stays_mended_and_keeps_what_could_be_read(
+    fields: list[tuple[int, int]],
+    entries: list[tuple[int, int]],
+    sums: bool,
+    cut: int,
+    more: bytes,
+) -> None:
+    raw = bytearray(spec().build())
+    for index, value in entries:
+        raw[TABLE + 4 * index : TABLE + 4 * index + 4] = value.to_bytes(4, "big")
+    for at, value in fields:
+        raw[at : at + 4] = value.to_bytes(4, "big")
+    if sums:
+        raw[:512] = make_vhd.summed(bytes(raw[:512]), 64)
+        raw[512:1536] = make_vhd.summed(bytes(raw[512:1536]), 36)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.vhd")
+        path.write_bytes(bytes(raw[: len(raw) - cut]) + more)
+        before = readable(path)
+        try:
+            found = check(path, Repair.ALL)
+        except VirtmountError:
+            return
+        after = readable(path)
+        assert before.items() <= after.items()
+        again = [f for f in check(path) if f.severity is not Severity.NOTE]
+        if all(f.repaired for f in found if f.severity is not Severity.NOTE):
+            assert again == []
+            with HostFile(path, writable=True) as file:
+                VHD(file)
+        assert check(path, Repair.ALL) is not None

@@ -40,7 +40,7 @@ from virtmount.formats.vhd import VHD
 from virtmount.hostfile import HostFile
 from virtmount.image import Image, Match, Options
 from virtmount.plan import Plan
-from virtmount.upkeep import Severity
+from virtmount.upkeep import Repair, Severity
 
 BLOCK = 64 * KIB
 GIB = 1 << 30
@@ -297,6 +297,7 @@ def test_another_parent(tmp_path: Path) -> None:
         expected[2 * BLOCK : 2 * BLOCK + 4] = b"mine"
         assert read(path) == expected
         assert only_notes(path)
+        assert int.from_bytes(path.read_bytes()[16:24], "big") == 512, "the header's place"
     assert seven_zip(path) == libvhdi(path, tmp_path) == expected
     size = path.stat().st_size
     for _ in range(20):
@@ -332,6 +333,23 @@ def test_a_first_parent(tmp_path: Path) -> None:
     fixed = make_vhd.fixed(tmp_path / "fixed.vhd", bytes(MIB))
     with pytest.raises(Unsupported, match="vhd fixed: no parents can be recorded"):
         rebase(fixed, base)
+
+
+def test_a_parent_where_there_is_no_room_for_its_name(tmp_path: Path) -> None:
+    """It goes to the end of the file then, and nothing else stays there."""
+    path = some(4 * BLOCK).write(tmp_path / "a.vhd")
+    size = path.stat().st_size
+    base, below = base_image(tmp_path)
+    rebase(path, base)
+    assert read(path) == content(some(4 * BLOCK), below)
+    assert size < path.stat().st_size <= size + 1024
+    assert only_notes(path)
+    assert not check(path, Repair.ALL) or only_notes(path)
+    rebase(path, None)
+    with virtmount.open(path, writable=True) as disk:
+        disk.pwrite(BLOCK, b"x")
+    assert read(path)[:BLOCK] == content(some(4 * BLOCK))[:BLOCK]
+    sound(path)
 
 
 def test_a_broken_locator_can_be_replaced(tmp_path: Path) -> None:
@@ -437,6 +455,21 @@ def test_a_cut_while_rebasing_leaves_the_old_parent_or_the_new_one(tmp_path: Pat
         below[:BLOCK] + mine + below[2 * BLOCK :],
         other[:BLOCK] + mine + other[2 * BLOCK :],
     }
+
+
+def test_a_cut_while_a_first_parent_goes_to_the_end(tmp_path: Path) -> None:
+    path = some(4 * BLOCK).write(tmp_path / "a.vhd")
+    base, below = base_image(tmp_path)
+    with contextlib.closing(open_chain(base)) as chain:
+        parent: Image = chain.top
+        found = set()
+        for store in cuts(path, lambda image: image.rebase(parent, base.name), ANY):
+            store.save(path)
+            assert store.read(store.size - 512, 8) == b"conectix"
+            seen = read(path)
+            found.add(seen)
+            write_on(path, seen)
+    assert found == {content(some(4 * BLOCK)), content(some(4 * BLOCK), below)}
 
 
 def test_growing_mends_a_missing_footer_first(tmp_path: Path) -> None:
