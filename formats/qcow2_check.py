@@ -39,11 +39,13 @@ from virtmount.formats.qcow2_walk import (
     DIRTY,
     ENTRY,
     FLAG,
+    MAX_WRONG,
     OFFSET,
     RAW_BIT,
     REBUILD,
     SECTOR,
     STEP,
+    Run,
     Walk,
     Wrong,
     read_head,
@@ -59,8 +61,9 @@ TABLE_AT = 48  # offset and clusters of the refcount table
 PAGE = 4096  # bytes of counts compared at once
 BATCH = 1 << 20  # bytes in one plan
 MAX_SAID = 200  # findings of a kind
+MAX_MISCOUNTS = 100_000  # runs of them, after which a check that repairs nothing gives up
 MAX_DIFFERENT = 1 << 18  # clusters whose wrong counts are remembered
-MAX_PAST_END = 512 << 20  # bytes of blocks for what lies past the file's end
+MAX_PAST_END = 64 << 20  # bytes of blocks for what lies past the file's end
 
 Item = Finding | Plan | Progress
 
@@ -75,7 +78,7 @@ def check(file: HostFile, options: Options, repair: Repair) -> Iterator[Item]:
     yield from _Check(Walk(file, head), repair).run()
 
 
-class _Run(NamedTuple):
+class _Miscount(NamedTuple):
     """Adjacent clusters with the same wrong count."""
 
     first: int
@@ -93,6 +96,7 @@ class _Check:
         self._mends = walk.file.writable and repair is Repair.ALL
         self._per_block = walk.head.cluster * 8 // walk.head.width
         self._said: Counter[tuple[Severity, bool]] = Counter()
+        self._miscounts = 0
         self._damaged = False  # and not repaired
         # Cluster -> count in the file, where that is not what it should be (not for all of many).
         self._different: dict[int, int] = {}
@@ -105,11 +109,21 @@ class _Check:
 
     def run(self) -> Iterator[Item]:
         walk = self._walk
+        wrong = 0
         for item in walk.run():
             if isinstance(item, Progress):
                 yield item
-            else:
-                yield from self._wrong(item)
+                continue
+            yield from self._wrong(item)
+            wrong += 1
+            if wrong > MAX_WRONG:
+                yield Finding(
+                    Severity.DAMAGE,
+                    "",
+                    f"more than {MAX_WRONG} entries are wrong: the rest is not looked at, and "
+                    "nothing repaired",
+                )
+                return
         yield from self._cut()
         rebuild = walk.unsound or self._missing_blocks()
         mended = self._mends and (self._can_rebuild or not rebuild)
@@ -203,6 +217,10 @@ class _Check:
             if block % STEP == 0:
                 yield Progress(walk.tables + walk.tables * block // last, 3 * walk.tables)
             yield from self._block(block, offset, rebuild=rebuild, mended=mended)
+            if not self._writes and self._miscounts > MAX_MISCOUNTS:
+                text = f"more than {MAX_MISCOUNTS} counts are wrong: the rest is not looked at"
+                yield from self._say(Severity.DAMAGE, f"refcount table entry {block}", text)
+                break
 
     def _block(self, block: int, offset: int, *, rebuild: bool, mended: bool) -> Iterator[Item]:
         width, size = self._head.width, self._head.cluster
@@ -218,6 +236,7 @@ class _Check:
                 continue
             goal = list(decode(found, width))
             for run in _runs(first, goal[:], numbers):
+                self._miscounts += 1
                 low, high = run.first - first, run.first - first + run.length
                 leak = run.counted > run.references
                 left = run.references - (rebuild and run.first in self._walk.structure)
@@ -246,17 +265,17 @@ class _Check:
         except OverflowError:
             return None
 
-    def _remember(self, run: _Run) -> None:
+    def _remember(self, run: _Miscount) -> None:
         for cluster in range(run.first, run.first + run.length):
             if len(self._different) >= MAX_DIFFERENT:
                 return
             self._different[cluster] = run.counted
 
-    def _remember_lowered(self, run: _Run, leak: bool) -> None:
+    def _remember_lowered(self, run: _Miscount, leak: bool) -> None:
         if leak and run.references == 1 and len(self._lowered) < MAX_DIFFERENT:
             self._lowered.update(range(run.first, run.first + run.length))
 
-    def _miscounted(self, run: _Run, leak: bool, repaired: bool) -> Iterator[Finding]:
+    def _miscounted(self, run: _Miscount, leak: bool, repaired: bool) -> Iterator[Finding]:
         first, count = run.first, run.length
         place = f"cluster {first}" if count == 1 else f"clusters {first} to {first + count - 1}"
         text = f"{run.references} references, counted as {run.counted}"
@@ -345,28 +364,47 @@ class _Check:
         return self._different.get(cluster, self._walk.tally[cluster])
 
     def _flags(self) -> Iterator[Item]:
-        walk, size = self._walk, self._head.cluster
-        end = walk.limit * size
+        walk = self._walk
         changes: dict[int, int] = {}  # entry's offset -> entry
-        for index, entry in enumerate(walk.l1):
-            table = entry & OFFSET
-            if not table or table % size or table + size > end:
-                continue
-            at = self._head.l1_offset + index * ENTRY
-            yield from self._flag(f"L1 entry {index} at {at}", at, entry, table // size, changes)
-            if index % STEP == 0:
-                yield Progress(
-                    walk.tables * 2 + walk.tables * index // len(walk.l1), 3 * walk.tables
-                )
-            if not walk.data_file:
-                yield from self._table_flags(table, changes)
+        tables = walk.active_tables()
+        if not self._roots_all_right(tables):
+            yield from self._root_flags(changes)
+            yield from self._change(changes)
+        if walk.data_file:
+            return
+        for done, (offset, words, _) in enumerate(walk.read_l2(tables)):
+            if done % STEP == 0:
+                yield Progress(min(2 * walk.tables + done, 3 * walk.tables), 3 * walk.tables)
+            yield from self._table_flags(offset, words, changes)
             if len(changes) * SECTOR >= BATCH:
                 yield from self._change(changes)
         yield from self._change(changes)
 
-    def _table_flags(self, table: int, changes: dict[int, int]) -> Iterator[Finding]:
+    def _roots_all_right(self, tables: Sequence[Run]) -> bool:
+        """Each marked and referred to once."""
+        size, tally = self._head.cluster, self._walk.tally
+        return (
+            not self._different
+            and all(entry & COPIED for entry in self._walk.l1 if entry)
+            and all(tally.numbers(r.offset // size, r.count) == b"\1" * r.count for r in tables)
+        )
+
+    def _root_flags(self, changes: dict[int, int]) -> Iterator[Finding]:
         walk, size = self._walk, self._head.cluster
-        words = walk.read_l2(table)
+        most = walk.limit * size - size
+        for index, entry in enumerate(walk.l1):
+            table = entry & OFFSET
+            if not table or table % size or table > most:
+                continue
+            if bool(entry & COPIED) != (self._count(table // size) == 1):
+                at = self._head.l1_offset + index * ENTRY
+                place = f"L1 entry {index} at {at}"
+                yield from self._flag(place, at, entry, table // size, changes)
+
+    def _table_flags(
+        self, table: int, words: array[int], changes: dict[int, int]
+    ) -> Iterator[Finding]:
+        walk, size = self._walk, self._head.cluster
         step = 2 if walk.extended else 1
         for start in range(0, len(words), CHUNK * step):
             part = words[start : start + CHUNK * step : step]
@@ -444,9 +482,9 @@ class _Check:
             yield from self._plan(Write(0, bytes(self._sector)))
 
 
-def _runs(first: int, counted: Sequence[int], references: Sequence[int]) -> Iterator[_Run]:
+def _runs(first: int, counted: Sequence[int], references: Sequence[int]) -> Iterator[_Miscount]:
     """Where the two differ; `first` is the number of the first cluster."""
-    run: _Run | None = None
+    run: _Miscount | None = None
     for cluster, (count, number) in enumerate(zip(counted, references, strict=True), first):
         if count == number:
             continue
@@ -455,6 +493,6 @@ def _runs(first: int, counted: Sequence[int], references: Sequence[int]) -> Iter
             continue
         if run:
             yield run
-        run = _Run(cluster, 1, count, number)
+        run = _Miscount(cluster, 1, count, number)
     if run:
         yield run

@@ -57,6 +57,13 @@ class Tally:
         self._bytes[first : first + count] = old.translate(_NEXT)
         return True
 
+    def take_run(self, first: int, count: int, times: int) -> bool:
+        """Tables, quickly; False, and nothing done, where something is there already."""
+        if times >= MANY or self._bytes[first : first + count].count(0) != count:
+            return False
+        self._bytes[first : first + count] = bytes((TABLE | times,)) * count
+        return True
+
     def mark(self, cluster: int) -> bool:
         """A table lies here; whether one did already."""
         byte = self._bytes[cluster]

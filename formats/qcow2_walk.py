@@ -10,6 +10,7 @@ depends on the length of the file and not on what the snapshots have in common.
 from __future__ import annotations
 
 import struct
+import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -52,7 +53,8 @@ BITMAPS = 0x23852875
 LUKS = 0x0537BE77
 
 MAX_CLUSTERS = 1 << 27  # in the file: 8 TiB of the usual ones; a byte of memory each
-MAX_TABLES = 1 << 20  # L2 tables
+MAX_TABLES = 1 << 20  # L2 tables; those of a snapshot count again
+MAX_WRONG = 10_000  # entries, after which a check gives up
 MAX_TABLE_BYTES = 16 << 30  # in all L2 tables
 MAX_L1_BYTES = 256 << 20  # in the L1 tables of all snapshots
 MAX_SNAPSHOTS = 65536
@@ -79,6 +81,14 @@ class Wrong(NamedTuple):
 
 
 REBUILD, FLAG = 1, 2
+
+
+class Run(NamedTuple):
+    """`count` adjacent L2 tables from `offset` on, each named `times` times."""
+
+    offset: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    times: int
 
 
 @dataclass
@@ -156,7 +166,9 @@ class Walk:
     blocks: array[int] = field(default_factory=lambda: array("Q"))  # offsets, 0 where none is sound
     structure: set[int] = field(default_factory=set)  # clusters of the refcount table and blocks
     l1: array[int] = field(default_factory=lambda: array("Q"))  # of the active state
-    _tables: dict[int, int] = field(default_factory=dict)  # L2 table -> how often it is named
+    # Offsets of L2 tables, as often as they are named; sorted once all of them are known.
+    _named: array[int] = field(default_factory=lambda: array("Q"))
+    _runs: list[Run] = field(default_factory=list)
     _l1_bytes: int = 0
     _bitmap_bytes: int = 0
 
@@ -176,7 +188,7 @@ class Walk:
 
     @property
     def tables(self) -> int:
-        return len(self._tables)
+        return sum(run.count for run in self._runs)
 
     def run(self) -> Iterator[Wrong | Progress]:
         yield from self._take(0, 1, "header+0", "the header")
@@ -184,6 +196,7 @@ class Walk:
         yield from self._active()
         yield from self._snapshots()
         yield from self._extensions()
+        yield from self._l2_places()
         yield from self._l2_tables()
 
     # Tables
@@ -281,30 +294,44 @@ class Walk:
         table = read_table(self.file, offset, entries)
         if active:
             self.l1 = table
-        for index, entry in enumerate(table):
-            if entry:
-                yield from self._l1_entry(f"L1 entry {index} at {offset + index * ENTRY}", entry)
-
-    def _l1_entry(self, place: str, entry: int) -> Iterator[Wrong]:
         size = self.head.cluster
+        most = self.limit * size - size
+        good = [
+            offset
+            for entry in table
+            if entry
+            and not entry & L1_RESERVED
+            and (offset := entry & OFFSET)
+            and not offset % size
+            and offset <= most
+        ]
+        if len(self._named) + len(good) > min(MAX_TABLES, MAX_TABLE_BYTES // size):
+            raise Unsupported(
+                self.file,
+                place,
+                f"a check of {len(self._named) + len(good)} L2 tables of {size} bytes, the most "
+                f"is {min(MAX_TABLES, MAX_TABLE_BYTES // size)}",
+            )
+        self._named.extend(good)
+        if len(good) < entries - table.count(0):
+            for index, entry in enumerate(table):
+                if entry:
+                    place = f"L1 entry {index} at {offset + index * ENTRY}"
+                    yield from self._l1_entry(place, entry, most)
+
+    def _l1_entry(self, place: str, entry: int, most: int) -> Iterator[Wrong]:
+        """What is wrong with it."""
+        size, table = self.head.cluster, entry & OFFSET
         if entry & L1_RESERVED:
+            self.hidden |= bool(table)
             yield Wrong(place, f"reserved bits set: {entry:#x}")
-        table = entry & OFFSET
-        if not table:
-            return
-        if wrong := self._place(table, size, place, "L2 table"):
+        elif table and (table % size or table > most):
             self.hidden = True
-            yield wrong
-            return
-        known = self._tables.get(table, 0)
-        self._tables[table] = known + 1
-        if known:
-            self.tally.add(table // size)
-            return
-        if len(self._tables) > min(MAX_TABLES, MAX_TABLE_BYTES // size):
-            raise Unsupported(self.file, place, f"a check of more than {known} L2 tables")
-        self.cut_table |= table + size > self.file.size
-        yield from self._take(table // size, 1, place, "L2 table")
+            yield Wrong(
+                place,
+                f"L2 table at {table}, clusters have {size} bytes and the file ends at "
+                f"{self.file.size}",
+            )
 
     def _snapshots(self) -> Iterator[Wrong]:
         head, size = self.head, self.head.cluster
@@ -419,18 +446,64 @@ class Walk:
 
     # L2 tables
 
-    def read_l2(self, offset: int) -> array[int]:
-        """All words of an L2 table; with extended entries every second one is a bitmap."""
-        return read_table(self.file, offset, self.head.cluster // ENTRY)
+    def _l2_places(self) -> Iterator[Wrong]:
+        """The tables, adjacent ones that are named equally often together."""
+        size = self.head.cluster
+        self._named = array("Q", sorted(self._named))
+        self._runs = list(_runs(_repeated(self._named), size))
+        if self._named:
+            self.cut_table = self._named[-1] + size > self.file.size
+        for run in self._runs:
+            first = run.offset // size
+            if self.tally.take_run(first, run.count, run.times):
+                continue
+            for cluster in range(first, first + run.count):
+                place = f"byte {cluster * size}"
+                yield from self._take(cluster, 1, place, "L2 table", run.times)
+
+    def read_l2(self, runs: Iterable[Run]) -> Iterator[tuple[int, array[int], int]]:
+        """Offset, words and times named of the L2 tables that are not all zeros.
+
+        With extended entries every second word is a bitmap.
+        """
+        size = self.head.cluster
+        step = max(1, PIECE // size)
+        for run in runs:
+            for first in range(0, run.count, step):
+                count = min(step, run.count - first)
+                at = run.offset + first * size
+                raw = self.file.pread_padded(at, count * size)
+                if raw.count(0) == len(raw):
+                    continue
+                for i in range(0, len(raw), size):
+                    words = array("Q", raw[i : i + size])
+                    if sys.byteorder == "little":
+                        words.byteswap()
+                    yield at + i, words, run.times
+
+    def active_tables(self) -> list[Run]:
+        """The L2 tables of the present state, each once."""
+        size = self.head.cluster
+        most = self.limit * size - size
+        found = {
+            offset
+            for entry in self.l1
+            if entry
+            and not entry & L1_RESERVED
+            and (offset := entry & OFFSET)
+            and not offset % size
+            and offset <= most
+        }
+        return list(_runs(((offset, 1) for offset in sorted(found)), size))
 
     def _l2_tables(self) -> Iterator[Wrong | Progress]:
-        for done, (offset, times) in enumerate(sorted(self._tables.items())):
+        total = 3 * self.tables
+        for done, (offset, words, times) in enumerate(self.read_l2(self._runs)):
             if done % STEP == 0:
-                yield Progress(done, 3 * len(self._tables))
-            yield from self._l2_table(offset, times)
+                yield Progress(done, total)
+            yield from self._l2_table(offset, words, times)
 
-    def _l2_table(self, offset: int, times: int) -> list[Wrong]:
-        words = self.read_l2(offset)
+    def _l2_table(self, offset: int, words: array[int], times: int) -> list[Wrong]:
         wrong: list[Wrong] = []
         step = 16 if self.extended else ENTRY
         entries = words[::2] if self.extended else words
@@ -442,6 +515,8 @@ class Walk:
                 if entry:
                     for text, mended in self._l2_entry(entry, times):
                         wrong.append(Wrong(f"L2 entry at {offset + index * step}", text, mended))
+            if len(wrong) > MAX_WRONG:
+                return wrong
         if self.extended:
             wrong += self._subclusters(offset, words)
         return wrong
@@ -526,3 +601,31 @@ class Walk:
                 yield Wrong(place, f"subclusters both present and zero: {bits:#x}")
             elif bits & LOW_HALF and not entry & OFFSET and not self.data_file:
                 yield Wrong(place, f"subclusters without a place: {bits:#x}")
+
+
+def _repeated(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Of sorted numbers each once, and how often it is there."""
+    last, times = -1, 0
+    for number in numbers:
+        if number == last:
+            times += 1
+            continue
+        if times:
+            yield last, times
+        last, times = number, 1
+    if times:
+        yield last, times
+
+
+def _runs(tables: Iterable[tuple[int, int]], size: int) -> Iterator[Run]:
+    """Of (offset, times), sorted: adjacent ones that are named equally often together."""
+    first = end = times = 0
+    for offset, number in tables:
+        if offset == end and number == times:
+            end += size
+            continue
+        if times:
+            yield Run(first, (end - first) // size, times)
+        first, end, times = offset, offset + size, number
+    if times:
+        yield Run(first, (end - first) // size, times)
