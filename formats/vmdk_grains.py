@@ -39,7 +39,7 @@ ZERO_GRAIN = 1  # where the header says that it means that
 LIMIT = 1 << 32  # sectors that an entry can name
 MIN_GRAIN, MAX_GRAIN = 512, 64 << 20
 MAX_TABLES = 1 << 20  # 4 MiB of directory
-MAX_READ = 1 << 18  # tables that are looked at when it is opened
+MAX_READ = 1 << 17  # of those that are there
 MAX_HOLES = 1 << 16  # that one session fills
 MAX_MOVED = 64 << 20  # bytes of grains that one end moves
 MAX_DIFFERENT = 8192  # tables whose copies differ and that are merged in memory
@@ -177,7 +177,11 @@ class Tables(ABC):
         if at < self.header_size or end > self.file.size:
             text = f"{what} at {at} to {end}, the file ends at {self.file.size}"
             raise Corrupt(self.file, place, text)
-        return unpacked(self.file.pread(at, count * ENTRY))
+        directory = unpacked(self.file.pread(at, count * ENTRY))
+        if count - directory.count(0) > MAX_READ:
+            text = f"{count - directory.count(0)} grain tables, at most {MAX_READ} are supported"
+            raise Unsupported(self.file, place, text)
+        return directory
 
     @property
     def tables(self) -> int:
@@ -222,9 +226,14 @@ class Tables(ABC):
         return entry != 0 and not (entry == ZERO_GRAIN and self.zeroed)
 
     def metadata(self) -> Iterator[tuple[int, int]]:
-        """(offset, length) of header, directories and tables, neighbours joined."""
+        """(offset, length) of header, directories and tables, neighbours joined.
+
+        What is only read need not be kept from the second copies, which may be nonsense.
+        """
         yield 0, self.header_size
         for at, directory in self._directories():
+            if directory is self.redundant and not self.file.writable:
+                return
             yield at, self.tables * ENTRY
             size = self.table_size
             first = last = 0
@@ -313,9 +322,6 @@ class Tables(ABC):
                     text = f"table at {sector * SECTOR} has another owner: not written"
                     raise Corrupt(self.file, place, text, hint=hint)
                 owners.add(sector)
-                if len(owners) > 2 * MAX_READ:
-                    text = f"more than {MAX_READ} grain tables: not written"
-                    raise Unsupported(self.file, "grain directory", text, hint="--read-only")
         self.merge()
         end = self._walk(hint)
         tables_end = max(owners) * SECTOR + self.table_size if owners else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -166,6 +167,7 @@ class Opener:
         self._file, self._descriptor, self._options = file, descriptor, options
         self._numbers: dict[str, int] = {}  # of files by the name in the descriptor
         self._sparse: set[int] = set()
+        self._flat: dict[int, list[tuple[int, int]]] = {}  # stretches of each file
 
     def parts(self) -> list[Part]:
         if not self._descriptor.extents:
@@ -193,12 +195,13 @@ class Opener:
             if file.writable and not self._lenient and line.offset + line.size > file.size:
                 text = f"{line.size} bytes from {line.offset} on, {file} ends at {file.size}"
                 raise Corrupt(self._file, line.place, text, hint="--read-only")
+            self._refuse_twice(line, number)
             shared = file.writable and line.access != READ_WRITE
             return Part(start, end, Kind.SHARED if shared else Kind.DATA, number, line.offset)
         if line.offset:
             text = f"a {line.type} extent that begins at byte {line.offset} of its file"
             raise Unsupported(self._file, line.place, text)
-        if number in self._sparse or number != len(self.files) - 1:
+        if number in self._sparse or number in self._flat:
             raise Corrupt(self._file, line.place, f"{file} is another extent too")
         self._sparse.add(number)
         part = self._opened(line, number, start, end)
@@ -206,6 +209,18 @@ class Opener:
             text = f"{line.access} for a {line.type} extent: not written"
             raise Unsupported(self._file, line.place, text, hint="--read-only")
         return part
+
+    def _refuse_twice(self, line: ExtentLine, number: int) -> None:
+        """Two places of the disk that are one in the file are not written."""
+        start, end = line.offset, line.offset + line.size
+        taken = self._flat.setdefault(number, [])
+        at = bisect_left(taken, (start, end))
+        near = taken[max(0, at - 1) : at + 1]
+        writable = self.files[number].writable and not self._lenient
+        if writable and any(low < end and start < high for low, high in near):
+            text = f"bytes {start} to {end} of the file are another extent's too"
+            raise Corrupt(self._file, line.place, text, hint="--read-only")
+        taken.insert(at, (start, end))
 
     def _opened(self, line: ExtentLine, number: int, start: int, end: int) -> Part:
         file = self.files[number]
