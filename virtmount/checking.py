@@ -13,7 +13,7 @@ from virtmount.chain import Opener, close_image
 from virtmount.errors import Denied, NeedsRecovery, NotAnImage, Unsupported
 from virtmount.hostfile import HostFile, execute, sync_all
 from virtmount.image import DEFAULTS, Image, Options
-from virtmount.plan import Plan
+from virtmount.plan import Barrier, Plan
 from virtmount.upkeep import Elsewhere, Finding, Progress, Repair, Severity
 
 MAX_FINDINGS = 1000  # that a Report keeps; all are counted
@@ -167,4 +167,5 @@ def _look(
 def _carry_out(plan: Plan, file: HostFile) -> None:
     files = plan.files if isinstance(plan, Elsewhere) else [file]
     execute(plan, files)
-    sync_all(files)
+    if plan.steps[-1] is not Barrier:
+        sync_all(files)
