@@ -123,7 +123,7 @@ class VHDX(Image):
             ),
         )
         self._partial = False  # whether any block is partially present
-        self._bitmaps: dict[int, int] = {}  # of chunks with such blocks: where the bitmap block is
+        self.bitmaps: dict[int, int] = {}  # of chunks with such blocks: where the bitmap block is
         if disk.has_parent:
             self._find_bitmaps()
         self._patched = Ranges(self._changed_data())
@@ -222,7 +222,7 @@ class VHDX(Image):
             self._partial = True
             host = bat.find_bitmap(self.table, chunk, self.taken)
             if host is not None:
-                self._bitmaps[chunk] = host
+                self.bitmaps[chunk] = host
                 found.append(Region(f"sector bitmap {chunk}", host, bat.BITMAP))
         self.taken += found
 
@@ -272,10 +272,10 @@ class VHDX(Image):
     def _bits(self, block: int) -> str:
         """A digit for each sector of a block, 1 where it lies in this file; empty: no bitmap."""
         chunk, within = divmod(block, self.disk.chunk)
-        if chunk not in self._bitmaps:
+        if chunk not in self.bitmaps:
             return ""
         length = self.disk.block_size // self.sector_size // 8
-        raw = self.file.pread(self._bitmaps[chunk] + within * length, length)
+        raw = self.file.pread(self.bitmaps[chunk] + within * length, length)
         return f"{int.from_bytes(raw, 'little'):0{length * 8}b}"[::-1]
 
     def _find_flat(self) -> int | None:
@@ -324,11 +324,12 @@ class VHDX(Image):
         self._initial_size = self.file.size
         self._free: list[int] = []  # host blocks that read as zeros and held data before
         self._stale: list[int] = []  # the same, of unknown contents
+        self._gaps: dict[int, int] = {}  # where no block fits between others: end -> start
         self._end = 0  # nothing is used from here on
         self._resized = False
         survey = bat.survey(self.table, self.taken, self._initial_size)
         if survey:
-            self._end, self._stale = survey.end, survey.holes
+            self._end, self._stale, self._gaps = survey.end, survey.holes, survey.gaps
         self._surveyed = survey is not None
 
     def _refuse_changed_data(self) -> None:
@@ -462,8 +463,8 @@ class VHDX(Image):
         self._finish_begin()
         steps = self.journal.end()
         free = {*self._free, *self._stale}
-        while self._end - self.cluster_size in free:
-            self._end -= self.cluster_size
+        while (before := self._end - self.cluster_size) in free or self._end in self._gaps:
+            self._end = before if before in free else self._gaps[self._end]
             self._resized = True
         if self.disk.fixed:
             self._end = max(self._end, self._initial_size)

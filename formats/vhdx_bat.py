@@ -7,6 +7,7 @@ multiple of 1 MiB.  The table may be 512 MiB long, most of it zeros: those are p
 
 from __future__ import annotations
 
+import re
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -181,6 +182,7 @@ class Survey:
 
     end: int  # nothing is used from here on, bytes
     holes: list[int] = field(default_factory=list)  # offsets of free blocks, the lowest last
+    gaps: dict[int, int] = field(default_factory=dict)  # too small for one: end -> start
 
 
 def survey(table: Table, taken: Sequence[Region], size: int) -> Survey | None:
@@ -224,11 +226,13 @@ def survey(table: Table, taken: Sequence[Region], size: int) -> Survey | None:
             used[at : at + length] = bytes([1]) * min(length, len(used) - at)
     end = used.rfind(1) + 1
     found = Survey(end * MIB)
-    hole = bytes(width)
-    at = used.find(hole, 0, end)
-    while at >= 0 and len(found.holes) < MAX_HOLES:
-        found.holes.append(at * MIB)
-        at = used.find(hole, at + width, end)
+    for hole in re.finditer(rb"\0+", used[:end]):
+        at, stop = hole.span()
+        while at + width <= stop and len(found.holes) < MAX_HOLES:
+            found.holes.append(at * MIB)
+            at += width
+        if at < stop and len(found.gaps) < MAX_HOLES:
+            found.gaps[stop * MIB] = at * MIB
     found.holes.reverse()
     return found
 

@@ -10,25 +10,27 @@ copied behind everything else first; the entry that changes the size also names 
 tables, and the place of the old one is free from then on.
 
 Rebase: the new locator is written where no item lies; an entry of the log makes its item the
-parent locator.  Without a parent, sectors that are not in the file become zeros, then blocks that
-were partially present whole, then the item and HasParent go in one entry.
+parent locator, and sets HasParent where that was not set.  Without a parent, sectors that are not
+in the file become zeros, then blocks that were partially present whole, then the item and HasParent
+go in one entry.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from virtmount.errors import NeedsRecovery, Unsupported
 from virtmount.formats import vhdx_header as headers
 from virtmount.formats import vhdx_locator
-from virtmount.formats.vhdx_bat import ENTRY, PARTIAL, PRESENT, SECTOR, STATE, Table, little
+from virtmount.formats.vhdx_bat import BITMAP, ENTRY, PARTIAL, PRESENT, SECTOR, STATE, Table, little
 from virtmount.formats.vhdx_header import MIB, TABLE_SIZE
 from virtmount.formats.vhdx_journal import Journal
 from virtmount.hostfile import HostFile
 from virtmount.image import Image, Kind
-from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Write
+from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate, Write
 
 if TYPE_CHECKING:
     from virtmount.formats.vhdx import VHDX
@@ -204,34 +206,76 @@ def _sectors(
 
 
 def rebase(image: VHDX, parent: Image | None, name: str) -> Plan:
-    if not image.disk.has_parent:
-        if parent is None:
-            return Plan()
-        text = "it is no differencing disk, so no parent can be recorded"
-        raise Unsupported(image.file, "file parameters", text)
     if parent is None:
-        return _without_parent(image)
-    file = image.file
+        return _without_parent(image) if image.disk.has_parent else Plan()
+    file, disk = image.file, image.disk
     raw = vhdx_locator.pack(file, vhdx_locator.identity_of(file, parent), name)
     region = image.regions[headers.METADATA]
     place = _free_place(image, len(raw))
-    item = image.disk.items[headers.PARENT_LOCATOR]
-    changes = _sectors(
-        file,
-        {
-            item.entry + 16: (place - region.offset).to_bytes(4, "little")
-            + len(raw).to_bytes(4, "little")
-        },
+    item = headers.ITEM.pack(
+        headers.PARENT_LOCATOR.bytes_le,
+        place - region.offset,
+        len(raw),
+        headers.IS_REQUIRED,
+        0,
     )
+    unnamed: dict[int, bytes] = {}
+    if disk.has_parent:
+        changes = {disk.items[headers.PARENT_LOCATOR].entry: item}
+    else:
+        unnamed = _ready_for_bitmaps(image)
+        entry, changes = _place_of_locator(image)
+        changes[entry] = item
+        parameters = disk.items[headers.FILE_PARAMETERS].offset
+        changes[parameters + 4] = headers.HAS_PARENT.to_bytes(4, "little")
+    sectors = _sectors(file, changes)
     journal = Journal(file, image.header, image.slot)
     steps = journal.begin(image.replay, same_data=True)
-    steps += [Write(place, raw), Barrier, *journal.change(changes)]
+    steps += [Write(place, raw), *journal.change(unnamed), Barrier, *journal.change(sectors)]
     image.forget_patches()
     return Plan(*steps, *journal.end())
 
 
+def _ready_for_bitmaps(image: VHDX) -> dict[int, bytes]:
+    """What has to change in the table of a dynamic disk before it gets a parent.
+
+    Without one it need not reach to the last bitmap's entry, and those of others mean nothing.
+    """
+    disk, region = image.disk, image.regions[headers.BAT]
+    if disk.fixed:
+        raise Unsupported(image.file, "file parameters", "a fixed disk has no place for a parent")
+    table = replace(image.table, has_parent=True)
+    if table.length > region.length:
+        text = f"{region.length} bytes, {table.length} needed for a disk with a parent"
+        raise Unsupported(image.file, f"BAT at {region.offset}", text)
+    places = (number for number, _ in table.used() if table.which(number)[0])
+    return _sectors(image.file, {table.offset + number * ENTRY: bytes(ENTRY) for number in places})
+
+
+def _place_of_locator(image: VHDX) -> tuple[int, dict[int, bytes]]:
+    """Where in the metadata table an entry for it goes, and what else that changes."""
+    region = image.regions[headers.METADATA]
+    raw = image.file.pread(region.offset, TABLE_SIZE)
+    count = headers.MetadataTableHeader.parse(raw).entry_count
+    first, width = headers.MetadataTableHeader.sizeof(), headers.ITEM.size
+    for at in range(first, first + count * width, width):
+        flags = int.from_bytes(raw[at + 24 : at + 28], "little")
+        if raw[at : at + 16] == headers.PARENT_LOCATOR.bytes_le and not flags & headers.IS_USER:
+            return region.offset + at, {}  # one that means nothing: HasParent is not set
+    if count >= headers.MAX_ENTRIES:
+        text = f"{count} items, no room for one more"
+        raise Unsupported(image.file, f"metadata table at {region.offset}", text)
+    return (
+        region.offset + first + count * width,
+        {region.offset + 10: (count + 1).to_bytes(2, "little")},
+    )
+
+
 def _free_place(image: VHDX, length: int) -> int:
-    """Where in the metadata region no item lies, known or not."""
+    """Where in the metadata region no item lies, known or not, nor shares a sector with it.
+
+    What the log changes is whole sectors, as they were before the locator was written.
+    """
     region = image.regions[headers.METADATA]
     raw = image.file.pread(region.offset, TABLE_SIZE)
     count = headers.MetadataTableHeader.parse(raw).entry_count
@@ -241,9 +285,9 @@ def _free_place(image: VHDX, length: int) -> int:
     )
     at = TABLE_SIZE
     for start, end in [*items, (region.length, region.length)]:
-        if start - at >= length:
+        if start // SECTOR * SECTOR - at >= length:
             return region.offset + at
-        at = max(at, -(-end // 8) * 8)
+        at = max(at, -(-end // SECTOR) * SECTOR)
     raise Unsupported(
         image.file,
         f"metadata region at {region.offset}",
@@ -296,5 +340,20 @@ def _without_parent(image: VHDX) -> Plan:
         if table.which(number)[0]
     }
     steps += journal.change(_sectors(file, bitmaps, sectors))
+    steps += journal.end()
+    steps += (Punch(host, BITMAP) for host in image.bitmaps.values())
+    end = _end_of_blocks(image)
+    if end < file.size and not file.is_device:
+        steps.append(Truncate(end))
     image.forget_patches()
-    return Plan(*steps, *journal.end())
+    return Plan(*steps)
+
+
+def _end_of_blocks(image: VHDX) -> int:
+    """Where the file could end if there were no sector bitmaps."""
+    table = image.table
+    end = max(region.end for region in headers.taken_regions(image.header, image.regions))
+    for number, entry in table.used():
+        if entry >> 20 and not table.which(number)[0]:
+            end = max(end, (entry >> 20 << 20) + table.block_size)
+    return end

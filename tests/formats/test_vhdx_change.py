@@ -347,13 +347,44 @@ def test_no_parent(tmp_path: Path) -> None:
     check(alone.path)
 
 
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_parent_for_a_disk_that_had_none(tmp_path: Path, stale: bool) -> None:
+    """Blocks that are not present show it.  What lay in entries of bitmaps means nothing."""
+    size = 4200 * MIB
+    more = {"locator": Item(mk.PARENT_LOCATOR, b"unused", 4)} if stale else {}
+    made = make(tmp_path / "disk.vhdx", size, {3: b"c" * MIB}, entries={2: mk.ZERO}, changed=more)
+    for chunk in (0, 1):
+        made.write(made.bitmap_entry(chunk), struct.pack("<Q", made.hosts[3] | mk.PRESENT))
+    blocks = {b: bytes([b]) * MIB for b in (1, 2, 3)} | {4199: b"z" * MIB}
+    parent = make(tmp_path / "parent.vhdx", size, blocks, data_write=PARENT, file_write=OTHER)
+    rebase(made.path, parent.path, "parent.vhdx")
+    with opened(made.path) as disk:
+        assert disk.top.variant == "differencing"
+        assert disk.pread(0, 5 * MIB) == bytes(MIB) + b"\1" * MIB + bytes(MIB) + b"c" * MIB + (
+            bytes(MIB)
+        )
+        assert disk.pread(4199 * MIB, MIB) == b"z" * MIB
+    for chunk in (0, 1):
+        assert made.read(made.bitmap_entry(chunk), 8) == bytes(8)
+    rebase(made.path, None)
+    check(made.path)
+
+
 def test_what_is_not_rebased(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, 3 * MIB)
+    fixed = make(tmp_path / "fixed.vhdx", MIB, {0: b"x"}, fixed=True)
+    # Its table has room for its blocks, and not for the entry of their bitmap.
+    full = make(tmp_path / "full.vhdx", 131041 * MIB, {0: b"x"})
+    for made, complaint in (
+        (fixed, "a fixed disk has no place for a parent"),
+        (full, "1048832 needed for a disk with a parent"),
+    ):
+        with HostFile(made.path) as file, HostFile(pair.parent.path) as other:
+            with pytest.raises(Unsupported, match=complaint):
+                VHDX(file).rebase(VHDX(other), "parent.vhdx")
     with HostFile(pair.parent.path) as file, HostFile(pair.child.path) as other:
         plain, child = VHDX(file), VHDX(other)
         assert len(plain.rebase(None, "")) == 0
-        with pytest.raises(Unsupported, match="no differencing disk"):
-            plain.rebase(child, "child.vhdx")
         raw = tmp_path / "raw"
         raw.write_bytes(bytes(MIB))
         base = open_chain(raw).top

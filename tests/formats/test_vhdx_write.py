@@ -825,3 +825,21 @@ def test_a_commit_that_fails_is_the_last_and_reads_go_on(tmp_path: Path, after: 
     assert found[5 * MIB : 5 * MIB + 512] in (b"2" * 512, bytes(512))
     subprocess.run(["qemu-img", "check", "-q", "-r", "all", made.path], check=True)
     assert contents_by_qemu(made.path) == found
+
+
+def test_what_is_too_small_for_a_block_is_cut_off_as_well(tmp_path: Path) -> None:
+    """Between blocks of 4 MiB, where something else lay once."""
+    made = make(
+        tmp_path / "disk.vhdx",
+        32 * MIB,
+        {0: b"a" * 4 * MIB, 1: b"b" * 4 * MIB},
+        block_size=4 * MIB,
+    )
+    far = made.hosts[1] + 7 * MIB  # a gap of 3 MiB before it
+    made.write(far, b"b" * 4 * MIB)
+    made.write(made.entry_offset(1), struct.pack("<Q", far | mk.PRESENT))
+    with HostFile(made.path, writable=True) as file, Reference([VHDX(file)]) as disk:
+        disk.discard(4 * MIB, 4 * MIB)
+    assert os.stat(made.path).st_size == made.hosts[0] + 4 * MIB
+    check(made.path)
+    assert contents_by_qemu(made.path) == b"a" * 4 * MIB + bytes(28 * MIB)
