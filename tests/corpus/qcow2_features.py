@@ -61,8 +61,11 @@ def _bitmaps(path: Path) -> None:
 
 
 def beside(path: Path) -> None:
+    """Beside the bases they are there already, and other processes read them."""
     for name in ("data", "raw"):
-        (path.parent / name).write_bytes(_guest(SMALL))
+        file = path.parent / name
+        if not file.exists() or file.read_bytes() != _guest(SMALL):
+            file.write_bytes(_guest(SMALL))
 
 
 MAKERS = {
