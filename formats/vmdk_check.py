@@ -343,7 +343,7 @@ class _Mender:
     def _entries(self) -> Iterator[Item]:
         """What the tables name."""
         tables = self.tables
-        metadata = sorted(tables.metadata())
+        metadata = sorted(tables.metadata(whole=True))
         self.used_end = max(offset + length for offset, length in metadata)
         self.used_end = max(self.used_end, tables.fixed_end())
         for index, sector in enumerate(tables.directory):
@@ -452,7 +452,7 @@ class _Mender:
         size = tables.grain
         taken = {
             slot
-            for offset, length in tables.metadata()
+            for offset, length in tables.metadata(whole=True)
             for slot in range(offset // size, -(-(offset + length) // size))
         }
         first = -(-max(tables.header_size, tables.fixed_end()) // size)

@@ -225,14 +225,15 @@ class Tables(ABC):
     def is_grain(self, entry: int) -> bool:
         return entry != 0 and not (entry == ZERO_GRAIN and self.zeroed)
 
-    def metadata(self) -> Iterator[tuple[int, int]]:
+    def metadata(self, *, whole: bool = False) -> Iterator[tuple[int, int]]:
         """(offset, length) of header, directories and tables, neighbours joined.
 
-        What is only read need not be kept from the second copies, which may be nonsense.
+        Unless it is to be `whole`, what is only read leaves out the second copies, which may be
+        nonsense and need not be kept from anything.
         """
         yield 0, self.header_size
         for at, directory in self._directories():
-            if directory is self.redundant and not self.file.writable:
+            if directory is self.redundant and not (whole or self.file.writable):
                 return
             yield at, self.tables * ENTRY
             size = self.table_size
