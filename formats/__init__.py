@@ -25,6 +25,7 @@ TABLE = {
     "vmdk": "virtmount.formats.vmdk:VMDK",
     "ova": "virtmount.formats.ova:OVA",
     "qed": "virtmount.formats.qed:QED",
+    "parallels": "virtmount.formats.parallels:Parallels",
     "raw": "virtmount.formats.raw:Raw",
 }
 ALIASES = {"img": "raw", "vpc": "vhd"}
@@ -33,8 +34,6 @@ RAW_NAMES = (".img", ".raw", ".dd", ".bin", ".iso")
 # Known by name only, so that they are refused by name and never served as raw.
 # (offset, from the end where negative; magic; name)
 FOREIGN = (
-    (0, b"WithoutFreeSpace", "Parallels"),
-    (0, b"WithouFreSpacExt", "Parallels"),
     (0, b"sprs", "Apple sparse image"),
     (0, b"shdw", "Apple sparse image (ASIF)"),
     (0, (0xED26FF3A).to_bytes(4, "little"), "Android sparse"),

@@ -81,6 +81,10 @@ def qcow(size: int, cluster: int, *, compressed: bool = False) -> Layer:
     return Layer("qcow", size, cluster, compressed=compressed)
 
 
+def parallels(size: int, cluster: int) -> Layer:
+    return Layer("parallels", size, cluster, (f"cluster_size={cluster}",))
+
+
 def one(name: str, *layers: Layer, mapped: bool = True) -> Case:
     return Case(name, layers, mapped)
 
@@ -137,6 +141,8 @@ CASES = (
         replace(qcow2(ODD, 64 * KIB, zeroed=True, compressed=True), snapshots=2),
     ),
     one("qcow2-zstd", qcow2(ODD, 64 * KIB, "compression_type=zstd", compressed=True)),
+    one("parallels", parallels(7 * MIB + 512, MIB)),
+    one("parallels-64k", parallels(ODD, 64 * KIB)),
     one("qed", qed(ODD, 64 * KIB)),
     one("qed-4k", qed(9 * MIB + 512, 4 * KIB, "table_size=2")),
     one("qed-on-raw", qed(ODD, 64 * KIB), raw(ODD)),

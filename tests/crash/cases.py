@@ -21,7 +21,7 @@ from tests.crash.checkers import (
     vhdx_regions,
 )
 from tests.crash.checkers_qcow import check_qcow
-from tests.crash.checkers_small import check_qed
+from tests.crash.checkers_small import check_parallels, check_qed
 from tests.crash.simulate import SimulatedFile, Store
 from tests.crash.workload import Mix, patterns
 from tests.reference import Reference
@@ -148,6 +148,7 @@ CASES = (
         share=0.5,
     ),
     Case("raw", "raw", 2 * MIB, 64 * KIB, foreign=False),
+    Case("parallels", "parallels", 8 * MIB, 64 * KIB, ("cluster_size=64k",)),
     Case("qed", "qed", 8 * MIB, 4 * KIB, ("cluster_size=4k", "table_size=2"), mix=_SMALL),
     Case(
         "qed-parent",
@@ -265,8 +266,8 @@ class Made:
             return Findings()
         if self.case.format == "vhdx":
             return check_vhdx(store, before.size)
-        if self.case.format == "qed":
-            return check_qed(store)
+        if self.case.format in ("qed", "parallels"):
+            return {"qed": check_qed, "parallels": check_parallels}[self.case.format](store)
         if self.case.format == "qcow":
             return check_qcow(store)
         return {"qcow2": self._check_qcow2, "vdi": check_vdi, "vmdk": check_vmdk, "vpc": check_vhd}[

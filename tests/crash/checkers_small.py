@@ -40,3 +40,34 @@ def check_qed(store: Store) -> Findings:
     if features & 2:
         found.leaked.append("the image was not closed")
     return found
+
+
+def check_parallels(store: Store) -> Findings:
+    """No cluster twice, all of them in the file, and each of them named.
+
+    Source: qemu's docs/interop/parallels.
+    """
+    found = Findings()
+    magic, _, _, _, sectors, count = struct.unpack_from("<16sIIIII", store.read(0, 36))
+    in_use, data = struct.unpack_from("<II", store.read(44, 8))
+    cluster = sectors * 512
+    scale = cluster if magic == b"WithouFreSpacExt" else 512
+    start = data * 512 or -(-(64 + 4 * count) // 512) * 512
+    used: Counter[int] = Counter()
+    for index, entry in enumerate(used_entries(store, 64, 4 * count, "<I")):
+        if not entry:
+            continue
+        host = entry * scale
+        used[host] += 1
+        if host < start or host + cluster > store.size:
+            found.wrong.append(f"entry {index} at {host:#x}, file ends at {store.size:#x}")
+    found.wrong += [f"cluster at {host:#x}: {n} owners" for host, n in used.items() if n > 1]
+    first = -(-start // scale) * scale
+    found.leaked += [
+        f"cluster at {host:#x}: nothing names it"
+        for host in range(first, store.size, cluster)
+        if host not in used
+    ]
+    if in_use:
+        found.leaked.append("the image was not closed")
+    return found

@@ -194,6 +194,8 @@ class Judge:
         self.demand("I6: qemu-img convert", self.compare(copy, image, History(content).model))
         if case.format == "vpc":
             cut_leaks(path)  # qemu takes what lies behind the last block for zeros
+        if case.format == "parallels":
+            return  # qemu does not write to one that was not closed
         held = {at // case.cluster for at in content.held()}
         free = [at for at in range(0, case.size, case.cluster) if at // case.cluster not in held]
         history = History(content)
@@ -246,4 +248,8 @@ def qemu_check(format_name: str, path: Path) -> list[str]:
     lines = [line for line in (said.stdout + said.stderr).splitlines() if "ERROR" in line]
     if format_name == "vdi" and lines and all("blocks mismatch" in line for line in lines):
         return []  # check_vdi() says whether the count is too low
+    expected = ("not closed correctly", "space leaked")  # of an image that was being written
+    known = [line for line in lines if any(text in line for text in expected)]
+    if format_name == "parallels" and lines and known == lines:
+        return []
     return [f"exit {said.returncode}", *lines, said.stdout, said.stderr]
