@@ -68,6 +68,9 @@ KINDS: dict[str, Callable[[Path], Made]] = {
         folder, "disk.vmdk", "vmdk", "-o", "subformat=twoGbMaxExtentSparse"
     ),
     "vmdk-flat": lambda folder: qemu(folder, "disk.vmdk", "vmdk", "-o", "subformat=monolithicFlat"),
+    "parallels": lambda folder: qemu(folder, "disk.hds", "parallels"),
+    "qed": lambda folder: qemu(folder, "disk.qed", "qed"),
+    "qcow": lambda folder: qemu(folder, "disk.qcow", "qcow"),
     "vhd-child": lambda folder: child(folder, "disk.vhd", "vhd"),
     "vhdx-child": lambda folder: child(folder, "disk.vhdx", "vhdx"),
     "vdi-child": lambda folder: child(folder, "disk.vdi", "vdi"),
