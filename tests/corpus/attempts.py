@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import hashlib
 import itertools
 import json
@@ -369,6 +370,9 @@ def main() -> None:
     # Whatever is imported at first use is opened here, not under the watch.
     for name in formats.TABLE:
         formats.load(name)
+    # One process at a time: several bases have a parent of one name, and each makes its own.
+    alone = os.open(base_folder, os.O_RDONLY)
+    fcntl.flock(alone, fcntl.LOCK_EX)
     for base in loaded.values():
         if beside := bases.makers()[base.name].beside:
             beside(base.path)
@@ -377,6 +381,7 @@ def main() -> None:
         with contextlib.suppress(VirtmountError):
             virtmount.inspect(base.path, base.format)
             list(virtmount.map_extents(base.path, base.format))
+    os.close(alone)
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     watch, meter = Watch(), Meter()
     for number, line in enumerate(sys.stdin):
