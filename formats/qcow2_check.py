@@ -45,7 +45,6 @@ from virtmount.formats.qcow2_walk import (
     REBUILD,
     SECTOR,
     STEP,
-    Run,
     Walk,
     Wrong,
     read_head,
@@ -96,7 +95,7 @@ class _Check:
         self._mends = walk.file.writable and repair is Repair.ALL
         self._per_block = walk.head.cluster * 8 // walk.head.width
         self._said: Counter[tuple[Severity, bool]] = Counter()
-        self._miscounts = 0
+        self._miscounts = self._misflags = 0
         self._damaged = False  # and not repaired
         # Cluster -> count in the file, where that is not what it should be (not for all of many).
         self._different: dict[int, int] = {}
@@ -367,39 +366,40 @@ class _Check:
         walk = self._walk
         changes: dict[int, int] = {}  # entry's offset -> entry
         tables = walk.active_tables()
-        if not self._roots_all_right(tables):
-            yield from self._root_flags(changes)
-            yield from self._change(changes)
+        yield from self._root_flags(changes)
+        yield from self._change(changes)
         if walk.data_file:
             return
         for done, (offset, words, _) in enumerate(walk.read_l2(tables)):
             if done % STEP == 0:
                 yield Progress(min(2 * walk.tables + done, 3 * walk.tables), 3 * walk.tables)
             yield from self._table_flags(offset, words, changes)
+            if self._given_up():
+                return
             if len(changes) * SECTOR >= BATCH:
                 yield from self._change(changes)
         yield from self._change(changes)
 
-    def _roots_all_right(self, tables: Sequence[Run]) -> bool:
-        """Each marked and referred to once."""
-        size, tally = self._head.cluster, self._walk.tally
-        return (
-            not self._different
-            and all(entry & COPIED for entry in self._walk.l1 if entry)
-            and all(tally.numbers(r.offset // size, r.count) == b"\1" * r.count for r in tables)
-        )
+    def _given_up(self) -> bool:
+        """Enough of them were found, and none is mended: no more need be looked for."""
+        return not self._writes and self._misflags > MAX_WRONG
 
     def _root_flags(self, changes: dict[int, int]) -> Iterator[Finding]:
         walk, size = self._walk, self._head.cluster
         most = walk.limit * size - size
+        count = self._count
         for index, entry in enumerate(walk.l1):
+            if not entry:
+                continue
             table = entry & OFFSET
             if not table or table % size or table > most:
                 continue
-            if bool(entry & COPIED) != (self._count(table // size) == 1):
+            if (entry >= COPIED) != (count(table // size) == 1):
                 at = self._head.l1_offset + index * ENTRY
                 place = f"L1 entry {index} at {at}"
                 yield from self._flag(place, at, entry, table // size, changes)
+                if self._given_up():
+                    return
 
     def _table_flags(
         self, table: int, words: array[int], changes: dict[int, int]
@@ -443,6 +443,7 @@ class _Check:
         if self._mends or follows:
             changes[at] = entry ^ COPIED
         if not follows:
+            self._misflags += 1
             word = "marked" if entry & COPIED else "not marked"
             yield from self._say(
                 Severity.DAMAGE,

@@ -168,6 +168,7 @@ class Walk:
     l1: array[int] = field(default_factory=lambda: array("Q"))  # of the active state
     # Offsets of L2 tables, as often as they are named; sorted once all of them are known.
     _named: array[int] = field(default_factory=lambda: array("Q"))
+    _filled: array[int] = field(default_factory=lambda: array("Q"))  # those that are not all zeros
     _runs: list[Run] = field(default_factory=list)
     _l1_bytes: int = 0
     _bitmap_bytes: int = 0
@@ -482,25 +483,19 @@ class Walk:
                     yield at + i, words, run.times
 
     def active_tables(self) -> list[Run]:
-        """The L2 tables of the present state, each once."""
-        size = self.head.cluster
-        most = self.limit * size - size
-        found = {
-            offset
-            for entry in self.l1
-            if entry
-            and not entry & L1_RESERVED
-            and (offset := entry & OFFSET)
-            and not offset % size
-            and offset <= most
-        }
-        return list(_runs(((offset, 1) for offset in sorted(found)), size))
+        """The L2 tables of the present state, each once, but for those that are all zeros."""
+        if not self._filled:
+            return []
+        filled = set(self._filled)
+        found = {entry & OFFSET for entry in self.l1 if entry and not entry & L1_RESERVED}
+        return list(_runs(((offset, 1) for offset in sorted(filled & found)), self.head.cluster))
 
     def _l2_tables(self) -> Iterator[Wrong | Progress]:
         total = 3 * self.tables
         for done, (offset, words, times) in enumerate(self.read_l2(self._runs)):
             if done % STEP == 0:
                 yield Progress(done, total)
+            self._filled.append(offset)
             yield from self._l2_table(offset, words, times)
 
     def _l2_table(self, offset: int, words: array[int], times: int) -> list[Wrong]:
