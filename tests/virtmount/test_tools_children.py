@@ -34,6 +34,8 @@ SIZE = 13 * MIB + 512
 RESIZABLE = tuple(name for name in FORMATS if formats.load(name).resize is not Image.resize)
 CHILDREN = tuple(name for name in FORMATS if formats.load(name).rebase is not Image.rebase)
 
+NOT_OVER_PARENTS = ("qcow", "qed")  # resize refuses a child of theirs
+
 
 @pytest.fixture(autouse=True)
 def no_descriptors_left() -> Iterator[None]:
@@ -116,10 +118,12 @@ def test_growing_child_does_not_show_more_of_its_parent(tmp_path: Path, form: st
     data = random.Random(1).randbytes(12 * MIB)
     parent = make(tmp_path / f"base.{form}", form, data)
     child = tmp_path / f"child.{form}"
-    try:
-        create(child, 4 * MIB, form, parent=parent)
-    except Unsupported:
-        pytest.skip(f"{form}: a child is as long as its parent")
+    create(child, 4 * MIB, form, parent=parent)
+    if form in NOT_OVER_PARENTS:
+        with pytest.raises(Unsupported, match="parent"):
+            resize(child, 8 * MIB, form)
+        assert content(child) == data[: 4 * MIB]
+        return
     for size in (8 * MIB, 16 * MIB):
         resize(child, size, form)
         assert content(child) == data[: 4 * MIB] + bytes(size - 4 * MIB)
@@ -270,7 +274,7 @@ def test_rebase_copies_only_differences(tmp_path: Path, form: str) -> None:
     make(same, form, content(tmp_path / f"base.{form}"))
     size = child.stat().st_size
     rebase(child, same)
-    assert child.stat().st_size == size
+    assert child.stat().st_size < size + 64 * 1024  # no data; maybe the parent's name
     (tmp_path / f"base.{form}").unlink()
     assert content(child) == model
 
