@@ -395,7 +395,7 @@ def cuts(plan: Plan, rng: random.Random) -> list[list[Any]]:
     found = []
     for i, epoch in enumerate(epochs):
         before = list(itertools.chain(*epochs[:i]))
-        for _ in range(4):
+        for _ in range(2):
             found.append(before + [step for step in epoch if rng.random() < 0.5])
         found.append(before)
     return found
