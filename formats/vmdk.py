@@ -43,6 +43,7 @@ from virtmount.formats import (
     vmdk_stream,
 )
 from virtmount.formats.vmdk_descriptor import (
+    MAX_LENGTH,
     looks_like_descriptor,
     parse,
     rewrite,
@@ -83,7 +84,12 @@ class VMDK(Image):
 
     @classmethod
     def probe(cls, head: bytes, tail: bytes, size: int) -> Match:
-        return Match.SURE if head.startswith(MAGICS) or looks_like_descriptor(head) else Match.NO
+        if head.startswith(MAGICS):
+            return Match.SURE
+        # Nobody has so small a disk, and no descriptor is larger; what says that it is one is
+        # refused by name.
+        text = size <= MAX_LENGTH or head.startswith(b"# Disk DescriptorFile")
+        return Match.SURE if text and looks_like_descriptor(head) else Match.NO
 
     def __init__(self, file: HostFile, options: Options = DEFAULTS) -> None:
         self._file = file

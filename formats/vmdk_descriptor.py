@@ -169,11 +169,17 @@ class Descriptor:
 
 
 def looks_like_descriptor(head: bytes) -> bool:
-    """Whether a file that begins so is a descriptor; for probing."""
-    text = head[:PROBED].removeprefix(BOM).split(b"\0")[0]
-    lowered = text.lower()
-    if lowered.lstrip().startswith(b"# disk descriptorfile"):
+    """Whether a file that begins so is a descriptor; for probing.
+
+    What a guest writes to a raw disk must not be taken for one easily: it is text from its first
+    byte on.
+    """
+    text = head[:PROBED].removeprefix(BOM).split(b"\0")[0].lstrip()
+    if text.lower().startswith(b"# disk descriptorfile"):
         return True
+    first = _LINE.match(text)
+    if first is None or not (first[0].startswith(b"#") or _PAIR.fullmatch(first[0])):
+        return False
     keys = {match[1].lower() for line in _LINE.findall(text) if (match := _PAIR.match(line))}
     return {b"createtype", b"cid"} <= keys or {b"createtype", b"version"} <= keys
 

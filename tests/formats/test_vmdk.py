@@ -287,6 +287,20 @@ def test_descriptors_of_all_kinds(tmp_path: Path, change: Callable[[bytes], byte
 
 
 @pytest.mark.parametrize(
+    "data",
+    [
+        b"\xc0" * 512 + descriptor('RW 8 FLAT "a" 0'),
+        bytes(512) + descriptor('RW 8 FLAT "a" 0'),
+        b"no key\n" + descriptor('RW 8 FLAT "a" 0')[22:],
+        descriptor('RW 8 FLAT "a" 0')[22:] + bytes(1 << 20),
+    ],
+)
+def test_a_raw_disk_with_a_descriptor_in_it_is_raw(tmp_path: Path, data: bytes) -> None:
+    with HostFile(write(tmp_path / "disk.img", data)) as file:
+        assert probe(file).name == "raw"
+
+
+@pytest.mark.parametrize(
     ("encoding", "codec", "name"),
     [
         ("windows-1252", "cp1252", "größe.vmdk"),
