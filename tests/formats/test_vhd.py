@@ -465,6 +465,31 @@ def test_looking_at_bitmaps_stops_when_it_takes_long(
         assert disk.pread(0, disk.size) == content(spec)
 
 
+def test_partly_present_blocks_on_both_sides_of_every_leaf(tmp_path: Path) -> None:
+    block = 2 * MIB
+    indexes = [0, 15, 16, 1023, 1024, 4094, 4095]
+    odd = [range(3), range(4, 2000), range(4095, 4096)]
+    blocks = {i: Block(pattern(i, block), odd if i % 2 else None) for i in reversed(indexes)}
+    spec = Spec(4096 * block - 512, blocks, block=block)
+    path = spec.write(tmp_path / "a.vhd")
+    for engine in (False, True):
+        for index in indexes:
+            start = max(0, index * block - 4096)
+            length = min(block + 8192, spec.size - start)
+            found = cut_read(path, start, length, engine)
+            expected = bytearray(length)
+            for near in (index - 1, index, index + 1):
+                if near not in blocks:
+                    continue
+                for run in blocks[near].present or [range(block // 512)]:
+                    for sector in run:
+                        at = near * block + sector * 512 - start
+                        if 0 <= at < length:
+                            data = blocks[near].data[sector * 512 : sector * 512 + 512]
+                            expected[at : at + 512] = data[: length - at]
+            assert found == expected
+
+
 def test_table_entries_behind_the_disk_do_not_matter(tmp_path: Path) -> None:
     path = dataclasses.replace(dynamic(), entries=200).write(tmp_path / "a.vhd")
     raw = bytearray(path.read_bytes())
