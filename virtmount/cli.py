@@ -215,6 +215,8 @@ def _describe_doctor(parser: argparse.ArgumentParser) -> None:
 def attach(options: argparse.Namespace) -> int:
     from virtmount import attachment
 
+    if options.read_only and options.overlay is not None:
+        return complain_usage("attach", "--overlay is for writing, --read-only against it")
     told = opening(options)
     order = attachment.Order(
         image=os.path.abspath(options.image),
@@ -414,7 +416,10 @@ def _info_rows(found: ImageInfo, records: Sequence[Record]) -> Iterable[tuple[st
         yield name.replace("_", " "), value
     yield "state", found.state
     for record in records:
-        yield "attached", f"{record.path} ({record.device}, {record.transport}, {_state(record)})"
+        words = f"{record.device}, {record.transport}, {_state(record)}"
+        if record.overlay:
+            words += f", overlay in {record.overlay}"
+        yield "attached", f"{record.path} ({words})"
 
 
 def map_(options: argparse.Namespace) -> None:

@@ -99,7 +99,7 @@ class Session:
         )
         try:
             self._describe(chain)
-            if order.overlay is not None:
+            if order.overlay is not None and not order.read_only:
                 chain = lay_over(chain, order.overlay)
             self.disk = Disk(chain, cache=order.cache)
         except BaseException:
@@ -135,7 +135,7 @@ class Session:
         record, image = self.record, chain.top
         record.format, record.variant = image.name, image.variant
         record.sector_size = image.sector_size
-        record.overlay = self.order.overlay or ""
+        record.overlay = "" if self.order.read_only else self.order.overlay or ""
         record.parents = [str(parent.files[0].path.resolve()) for parent in chain.images[1:]]
         record.file_id = state.file_id(f"/proc/self/fd/{image.files[0].fd}")
         record.data_id = state.file_id(f"/proc/self/fd/{image.files[image.flat_file].fd}")

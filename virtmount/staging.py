@@ -2,7 +2,8 @@
 
 They are made in a folder of their own beside the place where they belong, under their final names,
 so that an image of several files can be opened there; then they are moved, the one that the user
-named last.  Whatever goes wrong before that leaves nothing but what was there before.
+named last.  Whatever goes wrong before that leaves nothing but what was there before.  (Only where
+an image of several files replaces another one, a power cut between two moves can mix them.)
 
 Killed without a chance to tidy up, it leaves that folder, .NAME.….virtmount, and nothing else.
 """
@@ -97,8 +98,16 @@ class Staging:
         for path in self._folder.iterdir():  # and what the image's own driver did to them
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        for name in reversed(self.names):
-            self._move(self._folder / name, self.target.parent / name)
+        moved: list[Path] = []
+        try:
+            for name in reversed(self.names):
+                self._move(self._folder / name, self.target.parent / name)
+                moved.append(self.target.parent / name)
+        except BaseException:
+            if not self._overwrite:  # else they are somebody's already
+                for path in moved:
+                    path.unlink()
+            raise
         with contextlib.suppress(OSError):  # not all file systems can
             _sync_folder(self.target.parent)
 

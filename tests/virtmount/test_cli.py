@@ -146,6 +146,7 @@ def test_names_in_messages_cannot_move_the_cursor(capsys, monkeypatch):
         ["attach"],
         ["attach", "x", "--cache", "no"],
         ["attach", "x", "--transport", "nbd"],
+        ["attach", "--overlay", "--read-only", "x"],
         ["detach"],
         ["detach", "-a", "x"],
         ["list", "x"],
@@ -383,6 +384,14 @@ def test_info_of_an_attached_disk_is_of_its_image(capsys, image, attached):
     found = json.loads(capsys.readouterr().out)
     assert found["path"] == str(image)
     assert [disk["name"] for disk in found["attached"]] == [record.name]
+
+
+def test_info_tells_of_the_overlay(capsys, image, attached):
+    attached("qcow0", str(image), format="qcow2", overlay="/var/tmp")
+    assert cli.main(["info", "/dev/qcow0"]) == 0
+    assert "attached, overlay in /var/tmp)" in capsys.readouterr().out
+    assert cli.main(["list", "-n", "-o", "OVERLAY"]) == 0
+    assert capsys.readouterr().out == "/var/tmp\n"
 
 
 def test_info_of_nothing(capsys):

@@ -241,6 +241,22 @@ def test_main_file_comes_last(tmp_path: Path, pair: None, monkeypatch: pytest.Mo
     assert (tmp_path / "disk-2.img").read_bytes() == b"second"
 
 
+def test_main_file_that_cannot_be_moved_takes_the_others_along(
+    tmp_path: Path, pair: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Pair.create
+
+    def slow(new: New) -> Plan:
+        (tmp_path / "disk.img").write_bytes(b"theirs")
+        return made(new)
+
+    monkeypatch.setattr(Pair, "create", slow)
+    with pytest.raises(VirtmountError, match="exists already"):
+        create(tmp_path / "disk.img", MIB, "raw")
+    assert names(tmp_path) == {"disk.img"}
+    assert (tmp_path / "disk.img").read_bytes() == b"theirs"
+
+
 def test_second_file_is_not_replaced_either(tmp_path: Path, pair: None) -> None:
     (tmp_path / "disk-2.img").write_bytes(b"theirs")
     with pytest.raises(VirtmountError, match=r"disk-2.img: exists already"):
