@@ -41,7 +41,7 @@ NOT_OVER_PARENTS = ("qcow", "qed")  # resize refuses a child of theirs
 def no_descriptors_left() -> Iterator[None]:
     before = len(os.listdir("/proc/self/fd"))
     yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # others may be collected meanwhile
 
 
 def content(path: Path, form: str | None = None) -> bytes:

@@ -381,7 +381,7 @@ def test_options_are_listed(capsys: pytest.CaptureFixture[str], form: str) -> No
 def no_descriptors_left() -> Iterator[None]:
     before = len(os.listdir("/proc/self/fd"))
     yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # others may be collected meanwhile
 
 
 def test_parent_of_parent_must_be_there(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ Item = Finding | Plan | Progress
 def no_descriptors_left() -> Iterator[None]:
     before = len(os.listdir("/proc/self/fd"))
     yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # others may be collected meanwhile
 
 
 # check
