@@ -119,17 +119,28 @@ class Opener:
                     first = first or error
         if first:
             raise first
+        if ref.searched and not ref.names:
+            raise ParentMissing(
+                child.files[0],
+                "parent",
+                f"no image {ref.identity} found around it",
+                hint="--search-path FOLDER",
+            )
         names = " or ".join(map(repr, ref.names)) or "no name"
         raise ParentMissing(child.files[0], "parent", f"not found: {names}")
 
     def _open_named(self, child: Image, ref: ParentRef, path: str) -> Image:
         real = os.path.realpath(path, strict=True)
-        refuse_outside(child.files[0], "parent", real, self._options)
+        options = self._options
+        if ref.searched:  # the user said where to look
+            searched = map(os.path.realpath, options.search_path)
+            options = dataclasses.replace(options, roots=(*options.roots, *searched))
+        refuse_outside(child.files[0], "parent", real, options)
         self._refuse_cycle(child, os.stat(real))
         file = HostFile(real, lock=self._lock)
         # The path may have changed since it was looked at; what counts is what is open.
         try:
-            refuse_outside(child.files[0], "parent", opened_path(file) or real, self._options)
+            refuse_outside(child.files[0], "parent", opened_path(file) or real, options)
             self._refuse_cycle(child, os.fstat(file.fd))
         except BaseException:
             file.close()

@@ -404,9 +404,16 @@ def children() -> Iterator[Mutation]:
     yield child("dynamic", put(76, 1), r"header\+424: linkage_uuid names a parent")
     yield child("fixed", put(76, 2), r"header\+424: linkage_uuid names a parent")
     yield child("no parent named", put(424, 0, 16), r"header\+424: no parent is named")
-    yield child("another parent", put(424, 9, 16), "parent: .*not found")
-    yield child("its own parent", put(392, 1, 16), "parent: .*not found", beside=lambda path: None)
-    yield child("nobody there", nothing, "parent: .*not found", beside=lambda path: None)
+    yield child("another parent", put(424, 9, 16), "parent: no image .* found around it")
+    yield child(
+        "its own parent",
+        put(392, 1, 16),
+        "parent: no image .* found around it",
+        beside=lambda path: None,
+    )
+    yield child(
+        "nobody there", nothing, "parent: no image .* found around it", beside=lambda path: None
+    )
     yield child("parent written since", put(440, 9, 16), "was written since")
     yield child("no state of the parent", put(440, 0, 16))
     yield child(
@@ -457,7 +464,7 @@ def children() -> Iterator[Mutation]:
         make_vdi.name(path.parent / "0.vdi", uuid=1, modification=101)
 
     yield child("strange things beside", nothing, beside=strange)
-    yield child("5000 images beside", nothing, "parent: .*not found", beside=many)
+    yield child("5000 images beside", nothing, "parent: no image .* found around it", beside=many)
     yield child("a chain of 72", nothing, "more than 64 images", beside=deep)
     yield child("parents of each other", nothing, "the chain comes back to", beside=cycle)
     yield child("a parent with two owners", nothing, "owner", beside=edited(512, bytes(8)))

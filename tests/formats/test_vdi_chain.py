@@ -114,6 +114,13 @@ def test_the_search_path_of_the_user(tmp_path: Path) -> None:
     assert found(tmp_path / "vm" / "child.vdi") == ()
     options = Options(search_path=(str(tmp_path / "bases"),))
     assert found(tmp_path / "vm" / "child.vdi", options) == (str(tmp_path / "bases" / "base.vdi"),)
+    assert read_chain(tmp_path / "vm" / "child.vdi", options) == EXPECTED
+    # What is found there may not lead anywhere else.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "bases" / "base.vdi").rename(tmp_path / "other" / "base.vdi")
+    (tmp_path / "bases" / "base.vdi").symlink_to(tmp_path / "other" / "base.vdi")
+    with pytest.raises(Denied, match="lies outside"):
+        read_chain(tmp_path / "vm" / "child.vdi", options)
 
 
 def test_through_a_link_both_folders_are_looked_into(tmp_path: Path) -> None:
@@ -177,14 +184,14 @@ def test_of_two_copies_the_one_in_the_right_state_comes_first(tmp_path: Path) ->
 def test_no_parent_far_and_wide(tmp_path: Path) -> None:
     make_base(tmp_path / "base.vdi", number=7)
     make_child(tmp_path / "child.vdi")
-    with pytest.raises(ParentMissing, match="not found"):
+    with pytest.raises(ParentMissing, match=r"no image 0{8}-.* found around it"):
         read_chain(tmp_path / "child.vdi")
 
 
 def test_an_image_that_is_its_own_parent_has_none(tmp_path: Path) -> None:
     make_child(tmp_path / "child.vdi")
     name(tmp_path / "child.vdi", linkage=2)
-    with pytest.raises(ParentMissing, match="not found"):
+    with pytest.raises(ParentMissing, match=r"no image 0{8}-.* found around it"):
         read_chain(tmp_path / "child.vdi")
 
 
