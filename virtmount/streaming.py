@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 
+from virtmount.api import open as open_disk
 from virtmount.copying import (
     Report,
     Run,
     in_order,
-    open_source,
     pieces,
     quiet,
     refuse_range,
@@ -35,15 +35,14 @@ def cat(
 
     Returns how many.  Bounded memory; the image is locked and only read.
     """
-    with open_source(
-        path, format, parent_format=parent_format, force=force, options=options
-    ) as source:
+    # Not a Source: nobody waits for a map of a large disk to see its first sector.
+    with open_disk(path, format, parent_format=parent_format, force=force, options=options) as disk:
         if length is None:
-            length = max(0, source.size - offset)
-        refuse_range(path, offset, length, source.size)
+            length = max(0, disk.size - offset)
+        refuse_range(path, offset, length, disk.size)
         done = 0
         wanted = pieces([Run(offset, length)])
-        with contextlib.closing(in_order(source.read, wanted)) as parts:
+        with contextlib.closing(in_order(lambda run: disk.pread(*run), wanted)) as parts:
             for data in parts:
                 write_all(fd, data)
                 done += len(data)

@@ -278,6 +278,18 @@ def test_larger_sectors_are_not_lost_unasked(tmp_path: Path, toy_format: None) -
     assert (tmp_path / "disk.img").read_bytes()[3 * 4096 :][:5] == b"three"
 
 
+def test_larger_sectors_are_kept(tmp_path: Path) -> None:
+    first, second, child = (tmp_path / name for name in ("a.vhdx", "b.vhdx", "c.vhdx"))
+    create(first, 8 * MIB, sector_size=4096)
+    with api.open(first, writable=True) as disk:
+        disk.pwrite(5 * MIB, b"five")
+    assert convert(first, second).sector_size == 4096
+    assert create(child, parent=second).sector_size == 4096
+    with api.open(child) as disk:
+        assert disk.sector_size == 4096
+        assert disk.pread(5 * MIB, 4) == b"five"
+
+
 def test_command(tmp_path: Path, source: Path) -> None:
     target = tmp_path / "disk.image"
     done = virtmount("convert", "--progress", "--json", "-O", "vdi", source, target)

@@ -24,7 +24,7 @@ from tests.virtmount.tools import (
     virtmount,
 )
 from tests.virtmount.toy import Toy, make_toy
-from virtmount import api, checking, cli, formats
+from virtmount import api, checking, cli, copying, formats
 from virtmount.comparison import Comparison, compare, first_difference
 from virtmount.conversion import convert
 from virtmount.creation import create
@@ -409,6 +409,13 @@ def test_reader_of_cat_may_go(images: dict[str, Path]) -> None:
     words = f"{sys.executable} -m virtmount cat {images['raw']} | head -c 10 | wc -c"
     done = subprocess.run(words, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert (done.stdout.strip(), done.stderr) == ("10", "")
+
+
+def test_cat_does_not_map_the_disk_first(images: dict[str, Path]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying.extents, "mapped", None)
+        with open(os.devnull, "wb") as out:
+            assert cat(images["vdi"], out.fileno()) == 4 * MIB
 
 
 # snapshot
