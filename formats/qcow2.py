@@ -84,6 +84,7 @@ _ENTRY = struct.Struct(">Q")
 
 LEAF = 4096  # entries
 EXTENDED_LEAF = 512  # ... of 32 pieces each
+NUMBER = 40  # bytes that one takes in a list
 MAX_KEPT = 1 << 19  # L1 entries of all states, in images with snapshots that are written
 MAX_LOOK = (1 << 18, 1 << 30)  # L2 tables, bytes of them, that are looked through after a crash
 SAMPLE = 64  # L2 tables whose counts are looked at before an image is written
@@ -432,6 +433,7 @@ class QCOW2(Image):
         if header.data_file is not None:
             look = qcow2_data_file.incomplete if header.raw_data_file else qcow2_data_file.wipe
             self._unready = look(file, self._l1, self._entries, self._clusters)
+            self.memory += len(self._unready) * 4 * NUMBER
         self.caps = Caps(write=True, discard=True, zero_hides_parent=header.version > 2)
 
     def _keep_snapshots(self) -> None:
@@ -458,6 +460,7 @@ class QCOW2(Image):
                 if entry & OFFSET and entry & OFFSET not in active:
                     kept.add(entry & OFFSET)
         self._kept = list(kept)
+        self.memory += len(kept) * NUMBER
 
     def _refuse_overlaps(self) -> None:
         """Writing to a table that is two things at once would damage one of them."""

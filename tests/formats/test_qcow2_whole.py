@@ -368,6 +368,29 @@ def test_growing_with_snapshots_and_bitmaps(folder: Path) -> None:
     assert raw_of(path) == b"\7" * MIB
 
 
+def test_growing_an_encrypted_image(folder: Path) -> None:
+    path = folder / "a.qcow2"
+    secret = "secret,id=s,data=open sesame"
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    command = ["qemu-img", "create", "-q", "--object", secret, "-f", "qcow2", "-o", options]
+    run(*command, path, str(MIB))
+    image = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
+    run("qemu-io", "--object", secret, "-c", "write -q -P 7 0 1M", "--image-opts", image)
+
+    def resize(size: int) -> None:
+        virtmount.resize(path, size, "qcow2", options=Options(passphrase=lambda: b"open sesame"))
+
+    resize(2 * MIB)
+    run("qemu-img", "check", "--object", secret, "--image-opts", image)
+    for offset, value in ((0, 7), (MIB, 0)):
+        read = f"read -q -P {value} {offset} 1M"
+        said = run("qemu-io", "--object", secret, "-r", "-c", read, "--image-opts", image)
+        assert "failed" not in said
+    patch(path, 24, u64(MIB - 512))
+    with pytest.raises(Unsupported, match="inside of an encrypted cluster"):
+        resize(2 * MIB)
+
+
 def test_refuses_to_resize(folder: Path) -> None:
     path = folder / "a.qcow2"
     run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path, str(MIB))
