@@ -327,9 +327,13 @@ def no_images() -> Iterator[Mutation]:
     yield file("QCOW2 and VDI", two.ljust(4096, b"\0"), "looks like qcow2 and vdi")
     yield file("VHDX and VDI", b"vhdxfile" + two[8:].ljust(4096, b"\0"), "looks like vhdx and vdi")
     yield file("VMDK and VDI", b"KDMV" + two[4:].ljust(4096, b"\0"), "looks like vdi and vmdk")
-    yield file("QCOW version 1", b"QFI\xfb\0\0\0\1".ljust(4096, b"\0"), "QCOW")
+    yield file(
+        "QCOW version 1", b"QFI\xfb\0\0\0\1".ljust(4096, b"\0"), r"header\+32: cluster_bits 0"
+    )
     yield file("VMDK", b"KDMV".ljust(4096, b"\0"), r"header\+4: version 0")
-    yield file("VHD at the end", bytes(4096) + b"conectix".ljust(512, b"\0"), "VHD")
+    yield file(
+        "VHD at the end", bytes(4096) + b"conectix".ljust(512, b"\0"), "footer: no whole copy"
+    )
     yield file("gzip", b"\x1f\x8b\x08".ljust(4096, b"\0"), "gzip")
     yield file("QCOW2 of 8 bytes", b"QFI\xfb\0\0\0\3", r"header\+20")
     yield file("VHDX of 8 bytes", b"vhdxfile", "header 1")

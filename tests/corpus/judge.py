@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 WORKERS = 2
-SILENCE = 120  # seconds without a word: attempts.py gives up before
+SILENCE = 240  # seconds without a word: attempts.py gives up before
 
 
 @dataclass

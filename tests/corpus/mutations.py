@@ -20,7 +20,8 @@ Answer = str | tuple[str, str]
 OPENS = ""  # instead of an error's pattern
 MAX_COPY = 64 << 20
 # What is asked for with VIRTMOUNT_CORPUS=full is as large as a hostile image may be; else a part.
-PART = 1 if os.environ.get("VIRTMOUNT_CORPUS") == "full" else 4
+FULL = os.environ.get("VIRTMOUNT_CORPUS") == "full"
+PART = 1 if FULL else 4
 BEFORE = ".before"
 ANY = "."  # refused, whatever the words
 

@@ -140,6 +140,7 @@ def first_level() -> Iterator[Mutation]:
         OPENS,
         "over another table",
         guest=False,
+        loose=True,
     )
     yield Mutation(
         "qed: no tables", "qed", lambda base: [(base.at["l1"], bytes(16))], guest=False, loose=True
