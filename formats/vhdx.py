@@ -261,13 +261,17 @@ class VHDX(Image):
             return
         sector = self.sector_size
         first = within // sector
+        # There may be half a million: what can be said before the loop is.
+        absent, start, host = Kind.ABSENT, start - within, host - within
+        where = host if data is Kind.DATA else -1
         for run in _RUNS.finditer(bits, first, first + self.cluster_size // sector):
-            at = (run.start() - first) * sector
-            length = (run.end() - run.start()) * sector
-            if run[0][0] == "0":
-                yield Extent(start + at, length, Kind.ABSENT)
+            low, high = run.span()
+            at = low * sector
+            if bits[low] == "0":
+                yield Extent(start + at, (high - low) * sector, absent)
             else:
-                yield Extent(start + at, length, data, host + at if data is Kind.DATA else 0)
+                place = where + at if where >= 0 else 0
+                yield Extent(start + at, (high - low) * sector, data, place)
 
     def _bits(self, block: int) -> str:
         """A digit for each sector of a block, 1 where it lies in this file; empty: no bitmap."""

@@ -1191,14 +1191,14 @@ def bitmaps() -> Iterator[Mutation]:
         guest=False,
     )
     yield named(
-        "a block of 256 MiB, every second sector",
+        "a block of 128 MiB, every second sector",
         lambda base: [
-            (base.at["parameters"], struct.pack("<I", 256 * MIB)),
-            (base.at["size"], struct.pack("<Q", 256 * MIB)),
+            (base.at["parameters"], struct.pack("<I", 128 * MIB)),
+            (base.at["size"], struct.pack("<Q", 128 * MIB)),
             (base.at["bat"], struct.pack("<Q", 16 * MIB | PARTIAL)),
-            (base.at["bat"] + 16 * 8, struct.pack("<Q", base.at["bitmap"] | PRESENT)),
-            (base.at["bitmap"], b"\x55" * 64 * KIB),
+            (base.at["bat"] + 32 * 8, struct.pack("<Q", base.at["bitmap"] | PRESENT)),
+            (base.at["bitmap"], b"\x55" * 32 * KIB),
         ],
         guest=False,
-        size=272 * MIB,
+        size=144 * MIB,
     )
