@@ -42,7 +42,7 @@ from virtmount.image import DEFAULTS
 from virtmount.plan import Plan
 from virtmount.upkeep import Elsewhere, Repair
 
-CPU = 2.0  # seconds for one opening with its reads and writes
+CPU = 3.0  # seconds for one opening with its reads and writes
 CHECK_CPU = 5.0  # ... for a check, or for FINDINGS of one
 GROWTH = 256 * MIB
 ADDRESS_SPACE = 1 << 30
