@@ -277,7 +277,8 @@ class _Check:
     def _miscounted(self, run: _Miscount, leak: bool, repaired: bool) -> Iterator[Finding]:
         first, count = run.first, run.length
         place = f"cluster {first}" if count == 1 else f"clusters {first} to {first + count - 1}"
-        text = f"{run.references} references, counted as {run.counted}"
+        plural = "" if run.references == 1 else "s"
+        text = f"{run.references} reference{plural}, counted as {run.counted}"
         if leak and self._walk.hidden:
             text += "; left alone, because there are entries that cannot be followed"
         severity = Severity.LEAK if leak else Severity.DAMAGE
@@ -438,6 +439,9 @@ class _Check:
         count = self._count(cluster)
         if bool(entry & COPIED) == (count == 1):
             return
+        references = self._walk.tally[cluster]
+        if count < references and bool(entry & COPIED) == (references == 1):
+            return  # it is the count that is wrong, and that was said
         # Where a count was just lowered, the flag follows: that is no finding of its own.
         follows = count == 1 and cluster in self._lowered
         if self._mends or follows:
