@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.virtmount.chains import make_chain
-from virtmount import overlay
+from virtmount import api, overlay
 from virtmount.api import OpenDisk
 from virtmount.chain import open_chain
 from virtmount.disk import Disk
@@ -178,3 +178,16 @@ def test_places_come_back(tmp_path: Path) -> None:
             first[0].host_offset + i * overlay.CLUSTER for i in range(3)
         ]
         assert len(again.plan) == 3  # emptied before
+
+
+def test_open_with_an_overlay(tmp_path: Path) -> None:
+    image, folder = tmp_path / "disk.raw", tmp_path / "over"
+    image.write_bytes(b"old!" * MIB)
+    image.chmod(0o444)
+    folder.mkdir()
+    with api.open(image, "raw", overlay=folder) as disk:
+        assert disk.writable
+        disk.pwrite(1000, b"new")
+        assert disk.pread(996, 8) == b"old!new!"
+        assert list(folder.iterdir()) == []
+    assert image.read_bytes() == b"old!" * MIB

@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from tests.virtmount.tools import (
     FORMATS,
     KIB,
     MIB,
+    ROOT,
     names,
     qemu_img,
     qemu_same,
@@ -168,8 +171,6 @@ def test_snapshot(tmp_path: Path, source: Path) -> None:
 
 
 def qemu_io(path: Path, command: str) -> None:
-    import subprocess
-
     subprocess.run(["qemu-io", "-c", command, str(path)], check=True, capture_output=True)
 
 
@@ -242,6 +243,28 @@ def test_signal_leaves_nothing(
     assert cli.main(["convert", str(source), str(tmp_path / "disk.vdi")]) == 130
     assert names(tmp_path) == set()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ctrl_c_in_the_middle_of_the_work(tmp_path: Path) -> None:
+    """The real process, with its threads; compressing takes it much longer than we need."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"".join(bytes([i % 251]) * 100 + os.urandom(924) for i in range(48 << 10)))
+    words = [sys.executable, "-m", "virtmount", "convert", "--progress", "-c"]
+    with subprocess.Popen(
+        [*words, str(image), str(tmp_path / "disk.qcow2")],
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        assert b"%" in process.stderr.readline()
+        assert len(names(tmp_path)) == 2
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert b"100 %" not in rest
+    assert b"Traceback" not in rest
+    assert names(tmp_path) == {"disk.img"}
 
 
 def test_host_that_has_no_room(tmp_path: Path, source: Path) -> None:
