@@ -126,6 +126,7 @@ class VHDX(Image):
         self.bitmaps: dict[int, int] = {}  # of chunks with such blocks: where the bitmap block is
         if disk.has_parent:
             self._find_bitmaps()
+        self._forbidden = Ranges((region.offset, region.end) for region in self.taken)
         self._patched = Ranges(self._changed_data())
         self._changed_block = self._find_changed_block()
         if self._changed_block is None:
@@ -262,15 +263,15 @@ class VHDX(Image):
         sector = self.sector_size
         first = within // sector
         # There may be half a million: what can be said before the loop is.
-        absent, start, host = Kind.ABSENT, start - within, host - within
-        where = host if data is Kind.DATA else -1
+        absent, start = Kind.ABSENT, start - within
+        base = host - within if data is Kind.DATA else -1
         for run in _RUNS.finditer(bits, first, first + self.cluster_size // sector):
             low, high = run.span()
             at = low * sector
             if bits[low] == "0":
                 yield Extent(start + at, (high - low) * sector, absent)
             else:
-                place = where + at if where >= 0 else 0
+                place = base + at if base >= 0 else 0
                 yield Extent(start + at, (high - low) * sector, data, place)
 
     def _bits(self, block: int) -> str:
@@ -512,8 +513,7 @@ class VHDX(Image):
         return host + self.disk.block_size <= self.file.size and not self._touches_metadata(host)
 
     def _touches_metadata(self, host: int) -> bool:
-        end = host + self.disk.block_size
-        return any(host < region.end and region.offset < end for region in self.taken)
+        return self._forbidden.touch(host, self.disk.block_size)
 
 
 class Ranges:
