@@ -222,8 +222,8 @@ class VHD(Image):
             Span(self._header_at, HEADER),
             Span(self._header.table_offset, -(-table // SECTOR) * SECTOR),
         ]
-        spans += (Span(item.offset, item.room) for item in self._locators)
-        return tuple(spans)
+        self._names = [Span(item.offset, item.room) for item in self._locators]
+        return (*spans, *self._names)
 
     def _choose_size(self, room: int) -> None:
         """Which of the two sizes the disk has; see the module's docstring."""
@@ -465,6 +465,7 @@ class VHD(Image):
             plan += grown.plan
             self.geometry = self._writer.geometry
             self._header_raw = grown.header
+            self._header = vhd_footer.HeaderStruct.parse(grown.header)
             self._known = self._known.ljust(self.geometry.blocks, b"\0")
         self.size = size
         return plan
@@ -473,9 +474,13 @@ class VHD(Image):
         if self._writer is None:
             raise Unsupported(self._file, "", "vhd fixed: no parents can be recorded")
         plan = self._writer.begin()
-        old = [Span(self._header_at, HEADER)]
-        old += (Span(item.offset, item.room) for item in self._locators)
-        return plan + vhd_make.rebase(self._file, self._writer, (self._header, old), parent, name)
+        old = [Span(self._header_at, HEADER), *self._names]
+        changed, raw, self._names = vhd_make.rebase(
+            self._file, self._writer, (self._header, old), parent, name
+        )
+        self._header_raw, self._header = raw, vhd_footer.HeaderStruct.parse(raw)
+        self.geometry = self._writer.geometry
+        return plan + changed
 
 
 def _state_of(copy: Copy | None, *, expected: bool) -> str:

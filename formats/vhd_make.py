@@ -190,9 +190,8 @@ class Growth:
             )
             steps += [Write(header_at, self.header[:SECTOR]), Barrier]
             spans = (*(s for s in geometry.spans if s.offset != geometry.table),)
-            writer.geometry = dataclasses.replace(
-                geometry, table=table, blocks=blocks, spans=(*spans, Span(table, length))
-            )
+            spans = (*spans, Span(table, length))
+            writer.adopt(dataclasses.replace(geometry, table=table, blocks=blocks, spans=spans))
             writer.free_from = end
         shape = _shape(writer.footer, size)
         footer = vhd_footer.changed_footer(writer.footer, current_size=size, geometry=shape)
@@ -226,12 +225,13 @@ def rebase(
     header: tuple[Any, Sequence[Span]],
     parent: Image | None,
     name: str,
-) -> Plan:
+) -> tuple[Plan, bytes, list[Span]]:
     """Another parent, or none: then what is absent reads as zeros.
 
     The new header is first written elsewhere, and the footers lead to it; then to its old place,
     where every program looks for it, and the footers lead there again.  `header`: the old one's
-    fields, its place, and those of its locators.
+    fields, its place, and those of its locators.  Answers also with the new one and the places of
+    its locators.
     """
     geometry = writer.geometry
     fields, (home, *old) = header
@@ -261,12 +261,12 @@ def rebase(
     for span in (Span(elsewhere, HEADER), *old):
         if not touched(kept, *span[:2]):
             steps.append(Write(span.offset, bytes(span.length)))
-    writer.geometry = dataclasses.replace(geometry, spans=tuple(kept))
+    writer.adopt(dataclasses.replace(geometry, spans=tuple(kept)))
     if at_end:
         writer.free_from = elsewhere
         if not file.is_device:
             steps += [Write(elsewhere, writer.footer), Barrier, Truncate(elsewhere + SECTOR)]
-    return Plan(*steps, Barrier)
+    return Plan(*steps, Barrier), raw, [Span(start, length)] if length else []
 
 
 def _room(file: HostFile, geometry: Geometry, end: int, length: int) -> int | None:

@@ -34,6 +34,7 @@ from virtmount.formats.vhd_table import (
     last_block,
     pieces,
     table_writes,
+    touched,
 )
 from virtmount.hostfile import HostFile
 from virtmount.image import Dirty, Reservation, Run
@@ -96,6 +97,14 @@ class Writer:
         steps = self.footer_at(self.free_from)
         self.footer = footer
         return [*steps, Write(self._tail_at, footer), Barrier, Write(0, footer), Barrier]
+
+    def adopt(self, geometry: Geometry) -> None:
+        """The metadata lies elsewhere from now on, also in places that were free."""
+        self.geometry = geometry
+        for places in (self._clean, self._stale, self._holes):
+            places[:] = [
+                start for start in places if not touched(geometry.spans, start, geometry.stride)
+            ]
 
     # Places
 

@@ -202,6 +202,28 @@ def details(path: Path) -> dict[str, object]:
         return VHD(file).details()
 
 
+def test_writing_goes_on_after_growing_and_a_new_parent(tmp_path: Path) -> None:
+    """In one session: what was free and holds a table or a name now is not given to a block."""
+    path = some(4 * BLOCK, gap=391 * 512).write(tmp_path / "a.vhd")
+    base, below = base_image(tmp_path)
+    with HostFile(path, writable=True) as file, contextlib.closing(open_chain(base)) as chain:
+        image = VHD(file)
+        hostfile.execute(image.begin(), [file])
+        hostfile.execute(image.resize(20_000 * BLOCK), [file])
+        assert image.details()["table_offset"] == 1536
+        hostfile.execute(image.rebase(chain.top, base.name), [file])
+        with Reference([image, *chain.images]) as disk:
+            for index in (1, 2, 7, 19_999):
+                disk.pwrite(index * BLOCK, b"n" * 512)
+    expected = bytearray(content(some(4 * BLOCK), below).ljust(8 * BLOCK, b"\0"))
+    for index in (1, 2, 7):
+        expected[index * BLOCK : index * BLOCK + 512] = b"n" * 512
+    assert only_notes(path)
+    with virtmount.open(path) as disk:
+        assert disk.pread(0, 8 * BLOCK) == expected
+        assert disk.pread(19_999 * BLOCK, 1024) == b"n" * 512 + bytes(512)
+
+
 def test_growing_keeps_away_from_what_it_does_not_know(tmp_path: Path) -> None:
     """XenServer has a second map behind the table."""
     path = some(4 * BLOCK, gap=8192).write(tmp_path / "a.vhd")
