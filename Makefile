@@ -14,7 +14,7 @@ CACHE_DIR := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/virtmount
 RUN_PACKAGES := gcc libc6-dev python3-dev python3-venv liburing-dev libssl-dev fuse3 libfuse3-3 kmod util-linux fdisk
 SAMPLE_PACKAGES := qemu-utils e2fsprogs
 TEST_PACKAGES := $(SAMPLE_PACKAGES) qemu-system-x86 seabios busybox-static cpio fio xfsprogs gdisk \
-	zstd xz-utils procps psmisc ca-certificates libvhdi-utils p7zip-full ewf-tools
+	zstd xz-utils procps psmisc ca-certificates libvhdi-utils p7zip-full 7zip ewf-tools
 
 .PHONY: help build attach test test-host test-vm lint bench fetch-kernels clean
 
