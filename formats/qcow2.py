@@ -619,7 +619,9 @@ class QCOW2(Image):
                 self._tables.set(draft, new.cluster, self._entries.mapped(new.host_offset))
             plan = self._tables.settle(draft)
         # Counts need a barrier before the mapping anyway; a data file has none.
-        wait = self._entries.data_file and any(new.barrier for new in dirty)
+        # What is lost of an encrypted cluster would read as noise, not as zeros.
+        noise = self.cipher is not None
+        wait = self._entries.data_file and (noise or any(new.barrier for new in dirty))
         return Plan(Barrier) + plan if wait else plan
 
     def discard(self, first: int, count: int) -> Plan:

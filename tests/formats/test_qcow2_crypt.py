@@ -18,7 +18,8 @@ from virtmount.errors import Corrupt, Denied, Unsupported, VirtmountError
 from virtmount.formats import luks
 from virtmount.formats.qcow2 import QCOW2
 from virtmount.hostfile import HostFile
-from virtmount.image import Cipher, Options
+from virtmount.image import Cipher, Dirty, Options
+from virtmount.plan import Barrier
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = MIB + 5 * 512
@@ -285,3 +286,21 @@ def test_qemu_opens_the_header_that_we_make(tmp_path: Path) -> None:
 
 def test_keys_are_not_shown() -> None:
     assert "secret" not in repr(Cipher("xts", b"secret" * 6))
+
+
+def test_encrypted_clusters_of_a_data_file_are_durable_before_they_are_mapped(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    """Else a power cut leaves noise in the rest of the cluster, where there were zeros."""
+    data = tmp_path / "data"
+    path = luks_images.create(
+        tmp_path / "a.qcow2", SIZE, f"data_file={data}", "cluster_size=4k", method="aes"
+    )
+    data.write_bytes(bytes(SIZE // 4096 * 4096 + 4096))
+    with HostFile(path, writable=True) as file:
+        image = QCOW2(file, RIGHT)
+        image.begin()
+        plan = image.commit([Dirty(5, 5 * 4096, barrier=False)])
+        assert plan.steps[0] is Barrier
+        for other in image.files[1:]:
+            other.close()
