@@ -236,6 +236,40 @@ def test_refuses_what_is_no_snapshot(folder: Path) -> None:
         QCOW2(file)
 
 
+def test_hostile_tables_of_a_snapshot_do_no_harm(folder: Path) -> None:
+    """Only what can be read is read; the rest is EIO, or the image is refused."""
+    path = create(folder / "disk.qcow2", SIZE, "cluster_size=4k")
+    qemu_io(path, "write -q -P 7 0 1M", "write -q -c -P 8 1M 4k")
+    snapshot(path, "one")
+    qemu_io(path, "write -q -P 9 0 2M")
+    entry = number(path, 64)
+    l1 = number(path, entry)
+    l2 = number(path, l1) & 0x00FFFFFFFFFFFE00
+    content = path.read_bytes()
+    rng = random.Random(5)
+    opened_well = 0
+    for _ in range(150):
+        place = rng.choice((entry, entry, l1, l2, l2 + 8 * 256)) + rng.randrange(40)
+        data = rng.choice((rng.randbytes(8), bytes(8), b"\xff" * 8, b"\x80" + bytes(7)))
+        path.write_bytes(content[:place] + data + content[place + 8 :])
+        with HostFile(path) as file:
+            try:
+                image = QCOW2(file, Options(snapshot="one"))
+                image.snapshots()
+            except (Corrupt, NotAnImage):
+                continue
+            assert image.size <= 1 << 63
+            found = Reference([image])
+            for at in range(0, min(image.size, SIZE), 64 * KIB):
+                try:
+                    found.pread(at, min(4096, image.size - at))
+                except (OSError, Corrupt):
+                    continue
+                opened_well += 1
+    assert opened_well > 1000
+    assert path.stat().st_size == len(content)
+
+
 # Extended L2 entries
 
 EXTENDED = "extended_l2=on,cluster_size=16k"
