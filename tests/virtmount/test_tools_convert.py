@@ -174,6 +174,18 @@ def qemu_io(path: Path, command: str) -> None:
     subprocess.run(["qemu-io", "-c", command, str(path)], check=True, capture_output=True)
 
 
+def test_encrypted(tmp_path: Path, source: Path) -> None:
+    image, raw = tmp_path / "secret.qcow2", tmp_path / "plain.img"
+    words = ("--object", "secret,id=s,data=geheim", "-o", "encrypt.format=aes,encrypt.key-secret=s")
+    qemu_img("convert", "-O", "qcow2", *words, source, image)
+    (tmp_path / "word").write_text("geheim\n")
+    done = virtmount("convert", image, raw, code=4)
+    assert "passphrase" in done.stderr
+    virtmount("convert", "--passphrase-file", tmp_path / "word", image, raw)
+    assert raw.read_bytes() == CONTENT
+    virtmount("check", image)  # tables are not encrypted
+
+
 def test_hole_stays_a_hole(tmp_path: Path) -> None:
     """A terabyte of nothing is not read."""
     path, target = tmp_path / "disk.img", tmp_path / "copy.vdi"
