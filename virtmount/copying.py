@@ -116,7 +116,11 @@ class Source:
 
     def read(self, run: Run) -> bytes:
         """Its bytes, with zeros for what lies past the disk's end; any thread."""
-        data = self.disk.pread(run.start, run.length) if run.start < self.size else b""
+        try:
+            data = self.disk.pread(run.start, run.length) if run.start < self.size else b""
+        except OSError as error:
+            what = f"guest bytes {run.start} to {run.end - 1}: {error.strerror}"
+            raise OSError(error.errno, what, str(self.disk.path)) from error
         return data if len(data) == run.length else data + bytes(run.length - len(data))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.virtmount import toy
 from tests.virtmount.tools import (
     FORMATS,
     KIB,
@@ -286,6 +287,16 @@ def test_host_that_has_no_room(tmp_path: Path, source: Path) -> None:
     done = virtmount("convert", source, tmp_path / "disk.vdi", code=1, preexec_fn=limit)
     assert "File too large" in done.stderr
     assert names(tmp_path) == set()
+
+
+def test_unreadable_source_is_told_with_its_place(
+    tmp_path: Path, toy_format: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = make_toy(tmp_path / "disk.toy", 3 * MIB, {600: toy.INVALID})
+    assert cli.main(["convert", str(image), str(tmp_path / "copy.img")]) == 1
+    told = capsys.readouterr().err
+    assert f"{image}: guest bytes 2424832 to 2490367: Input/output error" in told
+    assert names(tmp_path) == {"disk.toy"}
 
 
 def test_driver_that_fails_leaves_nothing(
