@@ -9,6 +9,7 @@ nothing uses.  A block whose entry leads nowhere becomes undefined, which is wha
 reads as zeros, and the disk can be written again.  Of two blocks at one place each reads what it
 read before, but the later one from a copy.  Not mended: two headers that contradict each other, a
 log without a whole sequence, metadata items that contradict the file, bitmaps that lie nowhere.
+Where data has been lost, space is not given back in the same run: the data may lie there.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Check:
         self._copies: list[tuple[int, int]] = []  # (block, entry) whose place is another's too
         self._needed = 0  # bytes that the last block needs of the file
         self._present = 0  # blocks
+        self._searched = False  # data is missing that may lie where nothing seems to be
 
     def run(self) -> Items:
         headers.read_creator(self._file)
@@ -174,6 +176,7 @@ class Check:
             host = find_bitmap(table, chunk, taken)
             if host is None:
                 place = f"BAT entry of sector bitmap {chunk} at {table.bitmap_place(chunk)}"
+                self._searched = True
                 yield damage(place, "leads nowhere, but blocks are partially present")
             else:
                 found.append(Region(f"sector bitmap {chunk}", host, BITMAP))
@@ -249,6 +252,7 @@ class Check:
         state, at = entry & STATE, entry >> 20
         if state == RESERVED:
             text = f"state {state}, which is reserved: the data is lost"
+            self._searched = True
             yield Finding(Severity.DAMAGE, table.describe(block), text, self._mend)
             yield from self._replace(table, block, UNDEFINED)
         elif state == OLD_UNMAPPED:
@@ -262,6 +266,7 @@ class Check:
 
     def _lost(self, table: Table, block: int, text: str) -> Items:
         text += ": the data is lost"
+        self._searched = True
         yield Finding(Severity.DAMAGE, table.describe(block), text, self._mend)
         yield from self._replace(table, block, UNDEFINED)
 
@@ -315,9 +320,11 @@ class Check:
         size = self._file.size
         if disk.fixed:  # 2.6.2.1: there has to be room for every block
             end += (table.blocks - self._present) * table.block_size
-        trims = self._trim and not self._file.is_device
+        trims = self._trim and not self._file.is_device and not self._searched
         if size > end and not self._file.is_device:
             text = f"{size - end} bytes behind the last block, which ends at {end}"
+            if self._searched:
+                text += "; what is lost may lie there, so it is kept this time"
             yield Finding(Severity.LEAK, "file", text, trims)
             if trims:
                 yield Plan(*self._begin(), Truncate(end))

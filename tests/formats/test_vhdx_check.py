@@ -299,14 +299,28 @@ def test_children_refuse_what_reads_otherwise_now(tmp_path: Path) -> None:
 
 def test_leaks_only(tmp_path: Path) -> None:
     made = plain(tmp_path)
-    entry(3, 4)(made)
+    entry(3, 0)(made)
+    entry(2, 5)(made)
     os.truncate(made.path, made.end + 3 * MIB)
-    (lost, leak, hole) = check(made.path, Repair.LEAKS)
-    assert (lost.repaired, leak.repaired) == (False, True)
+    (odd, leak, hole) = check(made.path, Repair.LEAKS)
+    assert (odd.repaired, leak.repaired) == (False, True)
     assert hole == Finding(Severity.NOTE, "file", "1 MiB between blocks are free")
     assert made.path.stat().st_size == made.end
-    assert made.read(made.entry_offset(3), 8) == struct.pack("<Q", 4)
+    assert made.read(made.entry_offset(2), 8) == struct.pack("<Q", 5)
     assert made.read(made.hosts[3], MIB) == bytes(MIB)
+
+
+@pytest.mark.parametrize("repair", [Repair.LEAKS, Repair.ALL])
+def test_where_lost_data_may_lie_nothing_is_given_back(tmp_path: Path, repair: Repair) -> None:
+    made = plain(tmp_path)
+    entry(3, 100 * MIB | mk.PRESENT)(made)
+    os.truncate(made.path, made.end + 3 * MIB)
+    (_, leak, hole) = check(made.path, repair)
+    assert "what is lost may lie there" in leak.text
+    assert not leak.repaired
+    assert hole.text == "1 MiB between blocks are free"
+    assert made.read(made.hosts[3], MIB) == b"d" * MIB
+    assert made.path.stat().st_size == made.end + 3 * MIB
 
 
 def test_leaks_are_left_where_a_log_is_pending(tmp_path: Path) -> None:
@@ -373,10 +387,12 @@ def test_children(tmp_path: Path) -> None:
     pair = make_pair(tmp_path, 13 * MIB)
     made = pair.child
     made.write(made.bitmap_entry(0), bytes(8))
+    before = made.path.read_bytes()
     (found, *rest) = check(made.path, Repair.ALL)
     assert found.place == f"BAT entry of sector bitmap 0 at {made.bitmap_entry(0)}"
     assert not found.repaired
-    assert rest == [Finding(Severity.LEAK, "file", rest[0].text, True)]
+    assert rest == [Finding(Severity.LEAK, "file", rest[0].text)]
+    assert made.path.read_bytes() == before
     made = make(tmp_path / "child.vhdx", MIB, parent=mk.locator([]), data_write=CHILD)
     (found,) = check(made.path)
     assert found.text == "no parent_linkage"
