@@ -39,7 +39,7 @@ from virtmount import loop, nodes, process, state
 from virtmount.attachment import ASK, Order, Passphrase, clear
 from virtmount.chain import open_chain
 from virtmount.disk import Disk
-from virtmount.errors import NoTransport, VirtmountError
+from virtmount.errors import Denied, NoTransport, VirtmountError
 from virtmount.image import Chain, Options
 from virtmount.links import Links
 from virtmount.overlay import lay_over
@@ -315,7 +315,10 @@ def main(descriptor: int) -> int:
 def _ask(channel: socket.socket) -> bytes:
     """The passphrase, from whoever gave the order."""
     channel.sendall(ASK)
-    return base64.b64decode(receive(channel))
+    answer = receive(channel)
+    if not answer.endswith(b"\n"):
+        raise Denied("virtmount", "", "encrypted, and nobody is there to say the passphrase")
+    return base64.b64decode(answer)
 
 
 def _ready(channel: socket.socket, record: Record) -> None:

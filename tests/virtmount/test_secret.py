@@ -124,3 +124,12 @@ def test_daemon_asks_its_client() -> None:
         ours.sendall(attachment._told(Order("/disk"), lambda: b"\0secret\n"))
         thread.join(10)
         assert got == [b"\0secret\n"]
+
+
+def test_daemon_whose_client_has_gone_tries_no_passphrase() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.shutdown(socket.SHUT_WR)
+        with pytest.raises(Denied, match="nobody is there"):
+            daemon._ask(theirs)
+        ours.close()
