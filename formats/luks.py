@@ -77,8 +77,9 @@ KEY_LENGTHS = {"xts": (32, 64), "cbc": (16, 24, 32)}
 HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512")
 PLAIN_LIMIT = SECTOR << 32  # "plain" numbers sectors with 32 bits, "plain64" with 64
 
-# 2 s of a fast machine are about 10 million iterations.
-MAX_ITERATIONS = 1 << 25  # of all slots in use, and of the digest
+# 2 s of a fast machine are about 10 million iterations; a slow one takes seconds for them.
+MAX_ITERATIONS = 1 << 24  # of a slot, and of the digest
+MAX_WORK = 1 << 26  # iterations of all slots in use, with a digest each
 MAX_STRIPES = 16384
 STRIPES = 4000  # what everybody writes
 LEGACY_KEY = 16  # bytes: the passphrase itself, cut or filled with zeros
@@ -215,9 +216,10 @@ def _slots(file: HostFile, offset: int, length: int, fields: Any) -> tuple[_Slot
             (fields.digest_iterations, offset + 164),
         ):
             work += iterations
-            if not iterations or work > MAX_ITERATIONS:
-                text = f"{iterations} iterations for key slot {number}"
-                raise Corrupt(file, f"byte {place}", f"{text}, at most {MAX_ITERATIONS} in all")
+            if not 0 < iterations <= MAX_ITERATIONS or work > MAX_WORK:
+                text = f"{iterations} iterations for key slot {number}, {work} until there"
+                most = f"at most {MAX_ITERATIONS}, and {MAX_WORK} in all"
+                raise Corrupt(file, f"byte {place}", f"{text}: {most}")
         found.append(_Slot(slot.iterations, slot.salt, offset + start, slot.stripes))
     return tuple(found)
 

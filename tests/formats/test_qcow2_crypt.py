@@ -304,3 +304,16 @@ def test_encrypted_clusters_of_a_data_file_are_durable_before_they_are_mapped(
         assert plan.steps[0] is Barrier
         for other in image.files[1:]:
             other.close()
+
+
+def test_the_work_of_all_slots_is_bounded(tmp_path: Path) -> None:
+    raw, _ = luks.make(b"geheim", iterations=1000)
+    header = bytearray(raw)
+    for slot in range(8):
+        at = 208 + 48 * slot
+        header[at : at + 8] = u32(0x00AC71F3) + u32(luks.MAX_ITERATIONS)
+        header[at + 40 : at + 48] = header[248:256]
+    path = tmp_path / "header"
+    path.write_bytes(header)
+    with HostFile(path) as file, pytest.raises(Corrupt, match="67108864 in all"):
+        luks.unlock(file, 0, len(raw), RIGHT)
