@@ -17,6 +17,8 @@ go in one entry.
 
 from __future__ import annotations
 
+import errno
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from virtmount.formats.vhdx import VHDX
 
 MAX_TABLE = 32 * MIB  # of entries that are written: more has no place in a plan
+MAX_HOST = 1 << 60  # the map's limit
 MAX_PIECES = 1 << 20  # of blocks that are partially present, that are zeroed
 PIECE = MIB
 
@@ -59,7 +62,7 @@ def resize(image: VHDX, size: int) -> Plan:
     region = image.regions[headers.BAT]
     blocks = -(-size // disk.block_size)
     table = Table(file, old.offset, blocks, old.chunk, old.block_size, old.has_parent)
-    end = image.used_end()
+    used = end = image.used_end()
     prepared: list[Step] = [*_tail(image)]
     if disk.fixed:  # all of it is there, and in order where it was
         new = _Entries(table, old, end)
@@ -79,8 +82,13 @@ def resize(image: VHDX, size: int) -> Plan:
         freed = [Punch(region.offset, region.length)]
     changes = _sectors(file, final)
     # What was read up to here is as the log, if there is one, will leave it.
-    steps = [*journal.begin(image.replay), Extend(end), *prepared, Barrier]
-    journal.durable_size = end
+    steps = journal.begin(image.replay)
+    if end > used:
+        if end > MAX_HOST:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        steps.append(Extend(end))
+        journal.durable_size = end
+    steps += [*prepared, Barrier]
     steps += journal.change(sectors)
     steps += journal.change(changes)
     image.forget_patches()
