@@ -149,6 +149,8 @@ class QCOW2(Image):
         self._zstd = self._load_zstd() if header.compression == "zstd" else None
         self._own_cut_table()
         self.cipher = qcow2_crypt.cipher(file, header.encryption, header.luks, options)
+        # Encrypted, a data file is no raw image: zeros in it are not the guest's.
+        self._raw = header.raw_data_file and self.cipher is None
         self._begun = self._failed = False
         if header.data_file is not None:
             self._open_data_file(header.data_file, options)
@@ -187,7 +189,7 @@ class QCOW2(Image):
         self.files.append(data)
         self.identity_file = 1
         if data.size >= self.size:
-            if self._header.raw_data_file and self.cipher is None:
+            if self._raw:
                 self.flat, self.flat_file = 0, 1
         elif self.size:
             # What is not there yet reads as zeros; the first write makes it longer.
@@ -220,7 +222,7 @@ class QCOW2(Image):
 
     def leaf(self, index: int) -> Leaf:
         entries, count = self._entries, self.entries_per_leaf
-        if self._header.raw_data_file:
+        if self._raw:
             return Leaf(base=index * count * self.cluster_size, data_file=1)
         table, within = divmod(index * count, self._l2_entries)
         offset = self._l2_table(table)
@@ -431,7 +433,7 @@ class QCOW2(Image):
         self._refuse_uncounted()
         self._refuse_missing()
         if header.data_file is not None:
-            look = qcow2_data_file.incomplete if header.raw_data_file else qcow2_data_file.wipe
+            look = qcow2_data_file.incomplete if self._raw else qcow2_data_file.wipe
             self._unready = look(file, self._l1, self._entries, self._clusters)
             self.memory += len(self._unready) * 4 * NUMBER
         self.caps = Caps(write=True, discard=True, zero_hides_parent=header.version > 2)
@@ -543,7 +545,7 @@ class QCOW2(Image):
             data.unpatch()
             if data.size < self.size and not data.is_device:
                 steps.append(Extend(self.size, 1))
-            if header.raw_data_file:
+            if self._raw:
                 plan = self._map_all()
             else:
                 steps += [Punch(offset, length, 1) for offset, length in self._unready]
@@ -631,7 +633,7 @@ class QCOW2(Image):
         last = min(first + count, self._clusters)
         size = self.cluster_size
         place = Punch(first * size, min(last * size, self.size) - first * size, 1)
-        if self._header.raw_data_file:
+        if self._raw:
             return Plan(place)  # all clusters stay mapped
         with self._drafting() as draft:
             parts = [
@@ -668,7 +670,7 @@ class QCOW2(Image):
                 )
         if size == old:
             return Plan()
-        data_file, raw = header.data_file is not None, header.raw_data_file
+        data_file, raw = header.data_file is not None, self._raw
         steps = self._first_steps(resized=True)
         after: list[Step] = []
         if data_file:

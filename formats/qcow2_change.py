@@ -58,6 +58,8 @@ def grow(
         text = f"{size} bytes in clusters of {entries.cluster_size} need a larger L1 table than any"
         raise Unsupported(file, "size", text)
     steps: list[Step] = []
+    if entries.data_file and encrypted and old % entries.cluster_size:
+        raise _unaligned(file, old)
     if not entries.data_file and old % entries.cluster_size:
         steps = _empty_tail(file, tables, draft, old, inflate, encrypted)
     if not all_mapped:
@@ -75,6 +77,11 @@ def grow(
         draft.roots.clear()
     draft.head[SIZE_AT] = size.to_bytes(8, "big")
     return steps
+
+
+def _unaligned(file: HostFile, old: int) -> Unsupported:
+    text = f"its end at {old} lies inside of an encrypted cluster, whose rest cannot be zeroed"
+    return Unsupported(file, "size", text)
 
 
 def shrink(tables: Tables, draft: Draft, old: int, size: int, *, hides: bool) -> None:
@@ -127,8 +134,7 @@ def _empty_tail(
     if not entries.holds(words[0]) or (not entries.extended and words[0] & ZERO and not packed):
         return []
     if encrypted:
-        text = f"its end at {old} lies inside of an encrypted cluster, whose rest cannot be zeroed"
-        raise Unsupported(file, "size", text)
+        raise _unaligned(file, old)
     host = words[0] & OFFSET
     if not packed and words[0] & COPIED and tables.alone(words[0]):
         return [Write(host + within, bytes(size - within))]

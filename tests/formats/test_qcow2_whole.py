@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import virtmount
+from tests.formats import luks_images
 from tests.formats.qcow2_images import (
     check,
     content_of,
@@ -368,27 +369,49 @@ def test_growing_with_snapshots_and_bitmaps(folder: Path) -> None:
     assert raw_of(path) == b"\7" * MIB
 
 
+PASSPHRASE = Options(passphrase=lambda: luks_images.SECRET.encode())
+
+
 def test_growing_an_encrypted_image(folder: Path) -> None:
-    path = folder / "a.qcow2"
-    secret = "secret,id=s,data=open sesame"
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-    command = ["qemu-img", "create", "-q", "--object", secret, "-f", "qcow2", "-o", options]
-    run(*command, path, str(MIB))
-    image = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
-    run("qemu-io", "--object", secret, "-c", "write -q -P 7 0 1M", "--image-opts", image)
-
-    def resize(size: int) -> None:
-        virtmount.resize(path, size, "qcow2", options=Options(passphrase=lambda: b"open sesame"))
-
-    resize(2 * MIB)
-    run("qemu-img", "check", "--object", secret, "--image-opts", image)
-    for offset, value in ((0, 7), (MIB, 0)):
-        read = f"read -q -P {value} {offset} 1M"
-        said = run("qemu-io", "--object", secret, "-r", "-c", read, "--image-opts", image)
-        assert "failed" not in said
+    path = luks_images.create(folder / "a.qcow2", MIB)
+    luks_images.qemu_io(path, "write -q -P 7 0 1M")
+    virtmount.resize(path, 2 * MIB, "qcow2", options=PASSPHRASE)
+    luks_images.check(path)
+    luks_images.qemu_io(path, "read -q -P 7 0 1M", "read -q -P 0 1M 1M")
     patch(path, 24, u64(MIB - 512))
     with pytest.raises(Unsupported, match="inside of an encrypted cluster"):
-        resize(2 * MIB)
+        virtmount.resize(path, 2 * MIB, "qcow2", options=PASSPHRASE)
+
+
+def test_an_encrypted_data_file(folder: Path) -> None:
+    """It is no raw image, whatever the header says: its zeros are not the guest's."""
+    path = folder / "a.qcow2"
+    (folder / "d").write_bytes(bytes(MIB))
+    # Made somewhere else, where the data file stays.
+    luks_images.create(path, MIB, "data_file=d,data_file_raw=on,preallocation=metadata")
+    luks_images.qemu_io(path, "write -q -P 7 0 1M")
+    with virtmount.open(path, "qcow2", writable=True, options=PASSPHRASE) as disk:
+        assert disk.pread(0, MIB) == b"\7" * MIB
+        disk.discard(256 * KIB, 256 * KIB)
+        disk.write_zeroes(600 * KIB, 100 * KIB)
+        disk.pwrite(300 * KIB, b"\1" * 512)
+        expected = bytearray(b"\7" * MIB)
+        expected[256 * KIB : 512 * KIB] = bytes(256 * KIB)
+        expected[600 * KIB : 700 * KIB] = bytes(100 * KIB)
+        expected[300 * KIB : 300 * KIB + 512] = b"\1" * 512
+        assert disk.pread(0, MIB) == expected
+    virtmount.resize(path, 2 * MIB, "qcow2", options=PASSPHRASE)
+    with virtmount.open(path, "qcow2", options=PASSPHRASE) as disk:
+        assert disk.pread(0, 2 * MIB) == expected + bytes(MIB)
+    luks_images.check(path)
+    luks_images.qemu_io(
+        path,
+        "read -q -P 7 0 256k",
+        f"read -q -P 1 {300 * KIB} 512",
+        "read -q -P 0 320k 192k",
+        "read -q -P 0 600k 100k",
+        "read -q -P 0 1M 1M",
+    )
 
 
 def test_refuses_to_resize(folder: Path) -> None:
