@@ -260,3 +260,20 @@ def test_refuses_a_parent(tmp_path: Path) -> None:
         with pytest.raises(Unsupported, match=complaint):
             create(path, MIB, parent=chain.top, name=name, **options)
         chain.close()
+
+
+def test_libvhdi_knows_the_parent(tmp_path: Path) -> None:
+    parent = create(tmp_path / "base.vhdx", 20 * MIB)
+    child = below(tmp_path / "child.vhdx", parent)
+    with HostFile(parent) as file, HostFile(child) as other:
+        identities = VHDX(file).identity, VHDX(other).identity
+    done = subprocess.run(["vhdiinfo", child], capture_output=True, text=True, timeout=60)
+    told = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in done.stdout.splitlines()
+        if ":" in line
+    )
+    assert told["Disk type"] == "Differential", done.stderr
+    assert told["Parent identifier"] == identities[0]
+    assert told["Identifier"] == identities[1]
+    assert "(20971520 bytes)" in told["Media size"]
