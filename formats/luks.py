@@ -285,7 +285,7 @@ def crypt(cipher: Cipher, *, encrypt: bool) -> Crypt:
 MATERIAL_STEP = 504  # sectors from one slot's key material to the next: whole pages
 FIRST_MATERIAL = 8  # sectors
 NEW_LENGTH = (FIRST_MATERIAL + SLOTS * MATERIAL_STEP) * SECTOR
-NEW_ITERATIONS = 2_000_000  # about as long as others take: 2 s
+NEW_ITERATIONS = 2_000_000  # as many as others take for 2 s
 
 
 def make(
@@ -294,7 +294,7 @@ def make(
     mode: str = "xts-plain64",
     key_length: int = 64,  # bytes; two keys where the mode is XTS
     digest: str = "sha256",
-    iterations: int = NEW_ITERATIONS,
+    iterations: int,
     random: Callable[[int], bytes] = os.urandom,
 ) -> tuple[bytes, Cipher]:
     """A new header of NEW_LENGTH bytes with one key slot, and the cipher that it stands for."""

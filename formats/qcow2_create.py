@@ -16,7 +16,8 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from virtmount.errors import Unsupported
+from virtmount.errors import Denied, Unsupported
+from virtmount.formats import luks, qcow2_crypt
 from virtmount.formats.qcow2_entries import COPIED, PRESENT, Entries
 from virtmount.formats.qcow2_header import (
     COMPRESSION,
@@ -48,6 +49,7 @@ CHOICES: Mapping[str, Choice] = {
     "data_file_raw": Choice("off", "on: the data file is a raw image by itself"),
     "compression_type": Choice("zlib", "zlib or zstd"),
     "preallocation": Choice("off", "off, or metadata: all tables are made now"),
+    "encryption": Choice("off", "off, or luks: what the guest writes is encrypted (AES-256, XTS)"),
 }
 MAX_TABLES = 64 << 20  # bytes of L2 tables that are made at once
 MAX_COUNTED = 1 << 26  # clusters of a compressed image
@@ -73,7 +75,13 @@ class Shape:
     raw: bool
     compression: int
     preallocated: bool
+    encrypted: bool
     size: int
+
+    @property
+    def luks_clusters(self) -> int:
+        """What the LUKS header takes."""
+        return _clusters(luks.NEW_LENGTH, self.cluster_size) if self.encrypted else 0
 
     @property
     def entries(self) -> Entries:
@@ -106,7 +114,7 @@ def create(new: New) -> Plan:
     l1_clusters = _clusters(shape.l1_size * 8, size)
     l2_tables = shape.tables if shape.preallocated else 0
     data = 0 if shape.data_file or not shape.preallocated else shape.clusters
-    used = 1 + l1_clusters + l2_tables + data
+    used = 1 + l1_clusters + l2_tables + data + shape.luks_clusters
     # Cluster 0 is the header, then come counts, L1, L2, data.
     table, blocks = _refcount_clusters(new, shape, used)
     l1_at = 1 + table + blocks
@@ -118,8 +126,19 @@ def create(new: New) -> Plan:
         l1 = array("Q", range(first, first + l2_tables * size, size))
         steps.append(Write(l1_at * size, table_bytes(l1)))
         steps += _full_tables(shape, l2_at, 0 if shape.data_file else data_at)
-    header = make_header(new, shape, l1_at * size, 1, table)
+    luks_at = (data_at + data) * size
+    if shape.encrypted:
+        key_slots, _ = luks.make(_passphrase(new), iterations=luks.NEW_ITERATIONS)
+        steps.append(Write(luks_at, key_slots))
+    header = make_header(new, shape, l1_at * size, 1, table, luks_at)
     return Plan(*steps, Barrier, Write(0, header), Barrier)
+
+
+def _passphrase(new: New) -> bytes:
+    if new.passphrase is None:
+        text = "encrypted: no passphrase"
+        raise Denied(new.name, "encryption", text, hint="--passphrase-file FILE")
+    return new.passphrase()
 
 
 def _full_tables(shape: Shape, at: int, data_at: int) -> list[Write]:
@@ -157,6 +176,8 @@ def read_options(new: New) -> Shape:
         raise _refused(new, "compression_type", f"know {' and '.join(COMPRESSIONS.values())}")
     if new.options["preallocation"] not in ("off", "metadata"):
         raise _refused(new, "preallocation", "know off and metadata")
+    if new.options["encryption"] not in ("off", "luks"):
+        raise _refused(new, "encryption", "know off and luks")
     raw = _flag(new, "data_file_raw")
     shape = Shape(
         version=version,
@@ -169,6 +190,7 @@ def read_options(new: New) -> Shape:
         compression=compression,
         # All of a raw data file is data, also what nobody wrote.
         preallocated=raw or new.options["preallocation"] == "metadata",
+        encrypted=new.options["encryption"] == "luks",
         # qemu cuts a disk off at its last whole sector.
         size=-(-new.size // SECTOR) * SECTOR,
     )
@@ -187,6 +209,7 @@ def _refuse_combinations(new: New, shape: Shape) -> None:
             "extended_l2": shape.extended,
             "data_file": bool(shape.data_file),
             "compression_type": shape.compression != 0,
+            "encryption": shape.encrypted,
         }
         for name, asked in later.items():
             if asked:
@@ -197,6 +220,11 @@ def _refuse_combinations(new: New, shape: Shape) -> None:
         raise _refused(new, "data_file_raw", "there is no data_file")
     if shape.raw and new.parent is not None:
         raise _refused(new, "data_file_raw", "a raw image has no parent")
+    if shape.encrypted and shape.data_file:
+        raise _refused(new, "encryption", "data files are not made encrypted")
+    if shape.encrypted and shape.preallocated:
+        text = "what is allocated and encrypted does not read as zeros"
+        raise _refused(new, "preallocation", text)
     if shape.preallocated and new.parent is not None:
         raise _refused(new, "preallocation", "what is allocated hides the parent")
     if shape.l1_size * 8 > MAX_L1:
@@ -233,7 +261,12 @@ def _cluster_size(new: New) -> int:
 
 
 def make_header(
-    new: New, shape: Shape, l1_offset: int, refcount_at: int, refcount_clusters: int
+    new: New,
+    shape: Shape,
+    l1_offset: int,
+    refcount_at: int,
+    refcount_clusters: int,
+    luks_offset: int = 0,
 ) -> bytes:
     """The header, its extensions and the parent's name."""
     incompatible = (
@@ -258,6 +291,8 @@ def make_header(
         name, extensions = backing(new.name, new.parent, new.parent_name)
     if shape.data_file:
         extensions[DATA_FILE_NAME] = os.fsencode(shape.data_file)
+    if shape.encrypted:
+        extensions[qcow2_crypt.EXTENSION] = struct.pack(">QQ", luks_offset, luks.NEW_LENGTH)
     # The names of features are for people: they give way where there is no room.
     wanted = [{**extensions, FEATURE_NAMES: FEATURES}, extensions] if more else [extensions]
     for tried in wanted:
@@ -274,7 +309,7 @@ def make_header(
         len(name),
         shape.cluster_size.bit_length() - 1,
         shape.size,
-        0,
+        qcow2_crypt.LUKS if shape.encrypted else 0,
         shape.l1_size,
         l1_offset,
         refcount_at * shape.cluster_size,
@@ -347,6 +382,8 @@ class QCOW2Packer(Packer):
             raise _refused(new, "data_file", "compressed data lies in the image")
         if shape.preallocated:
             raise _refused(new, "preallocation", "a compressed image is written but once")
+        if shape.encrypted:
+            raise _refused(new, "encryption", "compressed clusters are never encrypted")
         self._new = new
         self.cluster_size = shape.cluster_size
         self._entries = shape.entries

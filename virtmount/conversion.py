@@ -62,7 +62,7 @@ def convert(
         size = checked_size(target, disk.size, sectors)
         never = [file.path for image in disk.chain.images for file in image.files]
         with Staging(target, overwrite=overwrite, never=never) as staging:
-            new = new_image(staging, size, values, sectors)
+            new = new_image(staging, size, values, sectors, passphrase=options.passphrase)
             if compress:
                 _pack(driver.packer(new), new, disk, report)
                 staging.seal()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from virtmount import formats
@@ -39,7 +39,8 @@ def create(
 
     With a `parent` it is a differencing image that reads as the parent does until it is written;
     size and sector size are then the parent's where they are not given.  `settings` are the
-    format's own options (`virtmount create -o help`).  `options` is about opening the parent.
+    format's own options (`virtmount create -o help`).  `options` is about opening the parent; its
+    passphrase is also the new image's, where that is to be encrypted.
 
     The image appears when it is whole; nothing is replaced without `overwrite`, which takes no
     image that is in use.
@@ -64,7 +65,7 @@ def create(
             sector_size = base.sector_size if base else 512
         size = checked_size(path, size, sector_size)
         staging = stack.enter_context(Staging(path, overwrite=overwrite, never=never))
-        new = new_image(staging, size, values, sector_size, base, name)
+        new = new_image(staging, size, values, sector_size, base, name, options.passphrase)
         execute(driver.create(new), staging.files)
         staging.seal()
         verify(driver, staging, size, options)
@@ -122,6 +123,7 @@ def new_image(
     sector_size: int,
     parent: Image | None = None,
     parent_name: str = "",
+    passphrase: Callable[[], bytes] | None = None,
 ) -> New:
     return New(
         files=staging.files,
@@ -132,6 +134,7 @@ def new_image(
         sector_size=sector_size,
         parent=parent,
         parent_name=parent_name,
+        passphrase=passphrase,
     )
 
 

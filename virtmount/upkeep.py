@@ -35,6 +35,7 @@ class New:
     files[0] (which may still have a temporary one), and `add` takes the final one.  `options` has
     every Choice of the driver, as text.  `parent` is open read-only, `parent_name` what is to be
     recorded for it: a path relative to the new image's folder where both allow it, else absolute.
+    `passphrase` is for an image that is to be encrypted; None: nobody was asked.
     """
 
     files: list[HostFile]
@@ -45,6 +46,7 @@ class New:
     sector_size: int = 512
     parent: Image | None = None
     parent_name: str = ""
+    passphrase: Callable[[], bytes] | None = None
 
 
 class Severity(enum.Enum):

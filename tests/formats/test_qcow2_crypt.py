@@ -317,3 +317,84 @@ def test_the_work_of_all_slots_is_bounded(tmp_path: Path) -> None:
     path.write_bytes(header)
     with HostFile(path) as file, pytest.raises(Corrupt, match="67108864 in all"):
         luks.unlock(file, 0, len(raw), RIGHT)
+
+
+# Images that we make
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two million rounds take a second, several times a test."""
+    monkeypatch.setattr(luks, "NEW_ITERATIONS", 2000)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cluster_size": "512"}, {"extended_l2": "on"}])
+def test_qemu_reads_and_writes_what_we_make(
+    tmp_path: Path, quick: None, settings: dict[str, str]
+) -> None:
+    path = tmp_path / "a.qcow2"
+    virtmount.create(path, SIZE, settings={"encryption": "luks", **settings}, options=RIGHT)
+    luks_images.check(path)
+    luks_images.qemu_io(path, "write -q -P 7 100k 50k")
+    with opened(path, writable=True) as disk:
+        assert disk.pread(100 * KIB, 50 * KIB) == b"\7" * 50 * KIB
+        disk.pwrite(SIZE - 9, b"our words")
+    expected = bytearray(SIZE)
+    expected[100 * KIB : 150 * KIB] = b"\7" * 50 * KIB
+    expected[-9:] = b"our words"
+    assert luks_images.raw_of(path) == expected
+    luks_images.check(path)
+    assert virtmount.check(path, options=RIGHT).exit_code == 0
+    with pytest.raises(Denied), opened(path, Options(passphrase=lambda: b"other")):
+        pass
+
+
+def test_converting_to_an_encrypted_image(tmp_path: Path, quick: None) -> None:
+    source, target = tmp_path / "a.raw", tmp_path / "b.qcow2"
+    content = random.Random(9).randbytes(300 * KIB) + bytes(MIB - 300 * KIB)
+    source.write_bytes(content)
+    virtmount.convert(source, target, "qcow2", settings={"encryption": "luks"}, options=RIGHT)
+    assert luks_images.raw_of(target) == content
+    assert content[:512] not in target.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "error", "complaint"),
+    [
+        ({"encryption": "aes"}, RIGHT, Unsupported, "encryption: 'aes': know off and luks"),
+        ({"encryption": "luks"}, Options(), Denied, "no passphrase"),
+        ({"encryption": "luks", "compat": "0.10"}, RIGHT, Unsupported, "version 2"),
+        ({"encryption": "luks", "data_file": "d"}, RIGHT, Unsupported, "data files are not made"),
+        (
+            {"encryption": "luks", "preallocation": "metadata"},
+            RIGHT,
+            Unsupported,
+            "does not read as zeros",
+        ),
+    ],
+)
+def test_refuses_to_make(
+    tmp_path: Path,
+    settings: dict[str, str],
+    options: Options,
+    error: type[VirtmountError],
+    complaint: str,
+) -> None:
+    path = tmp_path / "a.qcow2"
+    with pytest.raises(error, match=complaint):
+        virtmount.create(path, MIB, settings=settings, options=options)
+    assert not path.exists()
+
+
+def test_compressed_clusters_are_not_encrypted_so_there_are_none(tmp_path: Path) -> None:
+    source = tmp_path / "a.raw"
+    source.write_bytes(bytes(MIB))
+    with pytest.raises(Unsupported, match="compressed clusters are never encrypted"):
+        virtmount.convert(
+            source,
+            tmp_path / "b.qcow2",
+            "qcow2",
+            settings={"encryption": "luks"},
+            compress=True,
+            options=RIGHT,
+        )
