@@ -115,7 +115,7 @@ def test_power_cut(
             carry_out(disk, request, pair, history)
     demand(history.model.wrong_now(pair.read(monkeypatch)), "closed")
     replay = history.replay()
-    for at in sorted(rng.sample(range(len(pair.events) + 1), CUTS)):
+    for at in sorted(rng.choices(range(len(pair.events) + 1), k=CUTS)):
         left = pair.cut(before, at, rng)
         judge(left, replay.advance(at), monkeypatch, rng, f"{options}, cut before event {at}")
 
