@@ -44,10 +44,7 @@ class Staging:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(target))
         try:
             self._refuse_existing(self.target.name)
-            prefix = f".{self.target.name[:64]}."
-            self._folder = Path(
-                tempfile.mkdtemp(prefix=prefix, suffix=".virtmount", dir=self.target.parent)
-            )
+            self._folder = self._make_folder()
         except BaseException:
             self._release()
             raise
@@ -67,6 +64,13 @@ class Staging:
         trace: TracebackType | None,
     ) -> None:
         self.discard()
+
+    def _make_folder(self) -> Path:
+        prefix = f".{self.target.name[:64]}."
+        try:
+            return Path(tempfile.mkdtemp(".virtmount", prefix, self.target.parent))
+        except OSError as error:  # which names a folder that nobody has heard of
+            raise OSError(error.errno, error.strerror, str(self.target.parent)) from error
 
     @property
     def path(self) -> Path:

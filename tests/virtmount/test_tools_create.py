@@ -384,6 +384,11 @@ def no_descriptors_left() -> Iterator[None]:
     assert len(os.listdir("/proc/self/fd")) <= before  # others may be collected meanwhile
 
 
+def test_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["create", str(tmp_path / "none" / "disk.img"), "1M"]) == 1
+    assert capsys.readouterr().err == f"virtmount: {tmp_path}/none: No such file or directory\n"
+
+
 def test_parent_of_parent_must_be_there(tmp_path: Path) -> None:
     base, middle = tmp_path / "base.vdi", tmp_path / "middle.vdi"
     create(base, MIB)
