@@ -21,8 +21,9 @@ What the file says while it is written, and why:
    different things (the number of mapped blocks, the next free one) then both find it right.
    Freed blocks at the end of the file are cut off.  Those in the middle are punched and given to
    guest blocks that hold nothing, or over a parent to those that were discarded: they read as
-   zeros as before.  Where there are more than MAX_HOLES of them they stay, at the cost of a
-   complaint of `qemu-img check`.
+   zeros as before.  Into what is left over a parent the last blocks move.  Where there are more
+   than MAX_HOLES of them, or MAX_MOVED bytes, they stay, at the cost of a complaint of
+   `qemu-img check`.
 5. Over a parent, a discarded block is one that reads as zeros: all that is discarded is marked so,
    also where this image held nothing.
 """
@@ -78,6 +79,7 @@ from virtmount.upkeep import Choice, Finding, New, Progress, Repair
 COUNT_AT = AT["blocks_allocated"]
 LEAF = 1024  # entries
 MAX_HOLES = 1 << 16  # that one session fills
+MAX_MOVED = 64 << 20  # bytes of data that move at the end of one
 
 # What a file block is used for.  Every block below _end has one of these in _use.
 STALE = 0  # nothing; its content is unknown
@@ -374,24 +376,50 @@ class VDI(Image):
 
     def tidy(self) -> Plan:
         """Let the count and the file's end say what the map says (4)."""
-        self._end = self._use.rfind(MAPPED) + 1
+        use = self._use
+        self._end = use.rfind(MAPPED) + 1
         steps: list[Step] = []
-        given = dict(zip(self._unmapped(), self._holes(), strict=False))
-        if given:
-            blocks = sorted(given.values())
-            stale = [block for block in blocks if self._use[block] == STALE]
-            for run in runs(stale):
-                steps += self._punches(run[0], run[-1] + 1)
-            steps.append(Barrier)
-            steps += self._map_writes(given)
-            steps.append(Barrier)
-            for block in blocks:
-                self._use[block] = MAPPED
-            self._mapped += len(blocks)
+        holes = self._holes()
+        given = dict(zip(self._unmapped(), holes, strict=False))
+        for run in runs(block for block in sorted(given.values()) if use[block] == STALE):
+            steps += self._punches(run[0], run[-1] + 1)
+        for block in given.values():
+            use[block] = MAPPED
+        self._mapped += len(given)
+        moved = self._moves(holes[len(given) :])
+        for source, target in moved.items():
+            data = self._file.pread_padded(self._host(source), self.cluster_size)
+            steps.append(Write(self._host(target), data))
+            use[source], use[target] = STALE, MAPPED
+        if given or moved:
+            steps += [Barrier, *self._map_writes(given | self._owners(moved)), Barrier]
+        self._end = use.rfind(MAPPED) + 1
         steps.append(self._write_header())
         if self._start(self._end) < self._file.size <= self._start(self._blocks):
             steps.append(Truncate(self._start(self._end)))
         return Plan(*steps, Barrier)
+
+    def _moves(self, holes: Sequence[int]) -> dict[int, int]:
+        """Which of the last blocks go into these holes, as nothing else may have them."""
+        moved: dict[int, int] = {}
+        top = self._end
+        for target in holes[: MAX_MOVED // self.cluster_size]:
+            top = self._use.rfind(MAPPED, 0, top)
+            if top < target:
+                break
+            moved[top] = target
+        return moved
+
+    def _owners(self, moved: Mapping[int, int]) -> dict[int, int]:
+        """Map entries that name a block in `moved`, with its new place."""
+        if not moved:
+            return {}
+        return {
+            index: moved[block]
+            for first, entries in self._entries(0, self._blocks)
+            for index, block in enumerate(entries, first)
+            if block in moved
+        }
 
     def _holes(self) -> list[int]:
         """The blocks below _end that are not mapped, unless a stranger's map has too many."""

@@ -203,13 +203,14 @@ class _Check:
 
     def leaks(self, may: bool) -> Iterator[Item]:
         """Space that nothing uses, once everything else is right."""
-        from virtmount.formats.vdi import MAX_HOLES
+        from virtmount.formats.vdi import MAX_HOLES, MAX_MOVED
 
         header = self.header
         used = self.highest + 1
         holes = used - self.mapped
         if holes:
-            mended = may and holes <= min(MAX_HOLES, self.zeros)
+            moved = max(0, holes - self.zeros) * header.block_size
+            mended = may and holes <= MAX_HOLES and moved <= MAX_MOVED
             text = f"{holes} of the first {used} blocks are not used"
             yield Finding(Severity.LEAK, "map", text, repaired=mended)
         if self.counted > used:

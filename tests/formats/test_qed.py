@@ -17,7 +17,8 @@ from virtmount import hostfile
 from virtmount.chain import open_chain
 from virtmount.errors import Corrupt, Unsupported
 from virtmount.formats import qed_check
-from virtmount.formats.qed import NEED_CHECK, QED
+from virtmount.formats.qed import QED
+from virtmount.formats.qed_header import NEED_CHECK
 from virtmount.formats.raw import Raw
 from virtmount.hostfile import HostFile
 from virtmount.image import DEFAULTS, Dirty, Image, Kind, Match, extents

@@ -20,7 +20,7 @@ from tests.formats.test_vdi import check_is_clean, field, the_map
 from tests.reference import Reference
 from virtmount import hostfile
 from virtmount.errors import Corrupt, NotAnImage, Unsupported
-from virtmount.formats import vdi_check, vdi_resize
+from virtmount.formats import vdi, vdi_check, vdi_resize
 from virtmount.formats.vdi import COUNT_AT, VDI
 from virtmount.formats.vdi_map import DISCARDED
 from virtmount.hostfile import HostFile
@@ -369,15 +369,29 @@ def test_the_next_session_that_writes_mends_the_count_too(tmp_path: Path) -> Non
     check_is_clean(path)
 
 
-def test_over_a_parent_holes_go_to_discarded_blocks_only(tmp_path: Path) -> None:
+def test_over_a_parent_holes_go_to_discarded_blocks_and_the_last_blocks_move(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "a.vdi"
-    make(path, [3, FREE, DISCARDED, 0], kind=4, linkage_uuid=7)
-    found = checked(path, Repair.ALL)
-    holes = [item for item in found if item.place == "map"]
-    assert [item.text for item in holes] == ["2 of the first 4 blocks are not used"]
-    assert not holes[0].repaired  # there is one discarded block for two holes
-    assert the_map(path) == [3, FREE, 1, 0]
-    assert len(checked(path)) == 1
+    make(path, [6, FREE, DISCARDED, 0, 5, FREE, FREE, 3], kind=4, linkage_uuid=7)
+    before = content(path)
+    (found, *_) = checked(path, Repair.ALL)
+    assert (found.place, found.text) == ("map", "3 of the first 7 blocks are not used")
+    assert found.repaired
+    assert the_map(path) == [2, FREE, 1, 0, 4, FREE, FREE, 3]
+    assert content(path) == before
+    assert path.stat().st_size == 1024 + 5 * MIB
+    assert not checked(path)
+
+
+def test_more_than_that_is_not_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.vdi"
+    make(path, [6, FREE, 0, 5, FREE, FREE, 3], kind=4, linkage_uuid=7)
+    before = content(path)
+    monkeypatch.setattr(vdi, "MAX_MOVED", MIB)
+    assert not checked(path, Repair.ALL)[0].repaired
+    assert the_map(path) == [1, FREE, 0, 5, FREE, FREE, 3]
+    assert content(path) == before
 
 
 @pytest.mark.parametrize(
@@ -620,9 +634,12 @@ def test_repair_may_be_cut_at_any_moment(tmp_path: Path) -> None:
     cut_everywhere(Store.load(path), act, judge)
 
 
-def test_mending_leaks_may_be_cut_at_any_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("child", [False, True])
+def test_mending_leaks_may_be_cut_at_any_moment(tmp_path: Path, child: bool) -> None:
     path = tmp_path / "a.vdi"
-    make(path, [5, FREE, 2, FREE, DISCARDED, FREE, 6, FREE], block_size=4096, count=8, tail=1)
+    kind = {"kind": 4, "linkage_uuid": 7} if child else {}
+    blocks = [5, FREE, 2, FREE, DISCARDED, FREE, 6, FREE]
+    make(path, blocks, block_size=4096, count=8, tail=1, **kind)
     before = content(path)
 
     def act(file: HostFile) -> None:
