@@ -66,7 +66,7 @@ class Staging:
         self.discard()
 
     def _make_folder(self) -> Path:
-        prefix = f".{self.target.name[:64]}."
+        prefix = f".{self.target.name[:32]}."
         try:
             return Path(tempfile.mkdtemp(".virtmount", prefix, self.target.parent))
         except OSError as error:  # which names a folder that nobody has heard of
