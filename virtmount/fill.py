@@ -216,37 +216,37 @@ class _Layer:
         """Map entries for all units of a PARTIAL cluster."""
         result: list[int] = []
         base = cluster * self._cluster
+        # Asked of the host once: there may be half a million pieces.
+        ends = [min(file.size, MAX_HOST) for file in self._image.files]
         for extent in self._image.slow(cluster):
             if extent.guest_offset != base + len(result) * self._unit or extent.length <= 0:
                 raise ValueError(f"slow({cluster}): {extent} leaves a gap")
             if extent.length % self._unit:
                 raise ValueError(f"slow({cluster}): {extent} is no multiple of {self._unit}")
-            result.extend(self._run(extent))
+            result.extend(self._run(extent, ends[extent.file]))
         if len(result) != self._repeat:
             raise ValueError(f"slow({cluster}): {len(result)} units, expected {self._repeat}")
         return result
 
-    def _run(self, extent: Extent) -> Sequence[int]:
-        """Map entries for all units of an extent; there may be thousands."""
+    def _run(self, extent: Extent, end: int) -> Sequence[int]:
+        """Map entries for all units of an extent; there may be thousands.  `end`: of its file."""
         count = extent.length // self._unit
         if extent.kind not in (Kind.DATA, Kind.SHARED):
-            return [self._piece(extent, 0)] * count
+            return [self._piece(extent, 0, end)] * count
         host, length = extent.host_offset, extent.length
-        end = min(self._image.files[extent.file].size, MAX_HOST)
         if 0 <= host <= end - length and not self.forbidden[extent.file].touch(host, length):
-            first, step = self._piece(extent, 0), self._unit >> HOST_SHIFT
+            first, step = self._piece(extent, 0, end), self._unit >> HOST_SHIFT
             if first != INVALID:
                 return range(first, first + count * step, step)
-        return [self._piece(extent, i) for i in range(count)]
+        return [self._piece(extent, i, end) for i in range(count)]
 
-    def _piece(self, extent: Extent, i: int) -> int:
+    def _piece(self, extent: Extent, i: int, end: int) -> int:
         if extent.kind is Kind.COMPRESSED:
             return entry(extent.kind, self.number)
         if extent.kind not in (Kind.DATA, Kind.SHARED):
             return entry(extent.kind) if extent.kind is not Kind.PARTIAL else INVALID
         host = extent.host_offset + i * self._unit
-        fits = 0 <= host < self._image.files[extent.file].size and host < MAX_HOST
-        if not fits or host % SECTOR:
+        if not 0 <= host < end or host % SECTOR:
             return INVALID
         if self.forbidden[extent.file].touch(host, self._unit):
             return INVALID
