@@ -367,6 +367,31 @@ def test_differences_are_whole_grains() -> None:
     ]
 
 
+@pytest.mark.parametrize("verb", ["commit", "rebase"])
+def test_child_with_pieces_of_clusters(tmp_path: Path, verb: str) -> None:
+    """Subclusters that are there, zero, and the parent's, in one cluster."""
+    base = make(tmp_path / "base.img", "raw", random.Random(7).randbytes(SIZE))
+    child = tmp_path / "child.qcow2"
+    settings = {"extended_l2": "on", "cluster_size": "128K"}
+    create(child, format="qcow2", settings=settings, parent=base)
+    words = [f"write -q -P {i + 1} {i * 300_000 // 4096 * 4096} 4k" for i in range(40)]
+    words += [f"write -q -z {i * 500_000 // 4096 * 4096} 8k" for i in range(25)]
+    options = [part for word in words for part in ("-c", word)]
+    subprocess.run(["qemu-io", "-f", "qcow2", *options, str(child)], check=True)
+    model = content(child)
+    assert model != base.read_bytes()
+    if verb == "commit":
+        commit(child)
+        assert base.read_bytes() == model
+    else:
+        other = make(tmp_path / "other.img", "raw", random.Random(8).randbytes(SIZE))
+        rebase(child, other)
+        base.unlink()
+    assert content(child) == model
+    sound(child, "qcow2")
+    qemu_img("check", child)
+
+
 @pytest.mark.parametrize("form", CHILDREN)
 def test_interrupted_commit_is_done_again(tmp_path: Path, form: str) -> None:
     child, model = written_child(tmp_path, form, sparse_content(SIZE))
