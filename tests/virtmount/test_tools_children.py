@@ -367,6 +367,29 @@ def test_differences_are_whole_grains() -> None:
     ]
 
 
+def test_parents_are_searched_for_where_the_user_says(tmp_path: Path) -> None:
+    """VDI has no path in the file."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    child, base, other = here / "child.vdi", there / "base.vdi", there / "other.vdi"
+    make(base, "vdi", sparse_content(4 * MIB))
+    make(other, "vdi", random.Random(1).randbytes(4 * MIB))
+    create(child, parent=base)
+    model = b"new" + content(base)[3:]
+    told = ("--search-path", there)
+    with api.open(child, writable=True, options=api.Options(search_path=(str(there),))) as disk:
+        disk.pwrite(0, b"new")
+    virtmount("convert", child, tmp_path / "copy.img", code=9)
+    virtmount("convert", *told, child, tmp_path / "copy.img")
+    assert (tmp_path / "copy.img").read_bytes() == model
+    virtmount("commit", *told, child)
+    assert content(base) == model
+    virtmount("rebase", *told, "-b", other, child)
+    base.unlink()
+    assert content_of(child, there) == model
+
+
 @pytest.mark.parametrize("verb", ["commit", "rebase"])
 def test_child_with_pieces_of_clusters(tmp_path: Path, verb: str) -> None:
     """Subclusters that are there, zero, and the parent's, in one cluster."""
