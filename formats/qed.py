@@ -76,7 +76,7 @@ from virtmount.plan import Barrier, Extend, Plan, Punch, Step, Truncate, Write
 from virtmount.upkeep import Choice, Finding, New, Progress, Repair
 
 LEAF = 4096  # entries
-SPARES = 8
+SPARES = 32
 MAX_MOVED = 64 << 20  # bytes of data at the end of a session
 
 
