@@ -7,14 +7,15 @@
 FORMAT is a driver's name; test_fuzz.py runs each for some seconds.  Inputs that reach new code are
 kept in FOLDER.  An input is what the headers and tables of a base image (bases.py) are replaced
 with, after one byte that chooses the base; checksums are made right.  The driver is opened, read
-through the reference engine, written to, closed and opened again.  Anything but VirtmountError and
-OSError is a finding, and so is an input that takes 5 seconds or a gigabyte.  A finding becomes a
-mutation.
+through the reference engine, written to, closed, opened again, checked and repaired.  Anything but
+VirtmountError and OSError is a finding, and so is an input that takes 5 seconds or a gigabyte.  A
+finding becomes a mutation.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import tempfile
@@ -26,8 +27,10 @@ import atheris  # type: ignore[import-not-found, import-untyped, unused-ignore]
 with atheris.instrument_imports(include=["virtmount"]):
     from virtmount import formats
     from virtmount.errors import Unsupported, VirtmountError
-    from virtmount.hostfile import HostFile
-    from virtmount.image import Image, extents
+    from virtmount.hostfile import HostFile, execute
+    from virtmount.image import DEFAULTS, Image, extents
+    from virtmount.plan import Plan
+    from virtmount.upkeep import Elsewhere, Repair
 
     DRIVERS: dict[str, type[Image]] = {name: formats.load(name) for name in formats.TABLE}
 
@@ -36,6 +39,7 @@ from tests.corpus.bases import KIB, Base
 from tests.reference import Reference
 
 PLACES = 6  # of the disk that are read and written
+FINDINGS = 200  # of a check
 SLOW = {"qcow2-bomb"}  # bases with large clusters
 LIMITS = ("-timeout=5", "-rss_limit_mb=1024", "-max_len=16384", "-len_control=0")
 
@@ -47,6 +51,8 @@ class Target:
         bases.make_all(folder, format)
         names = [name for name, maker in bases.makers().items() if maker.format == format]
         self.bases = [bases.load(folder, name) for name in names if name not in SLOW]
+        if not self.bases:
+            sys.exit(f"no base images of {format}")
         self.driver = DRIVERS[format]
         # A folder for each: what lies beside one image is none of another's business.
         self.paths: dict[str, Path] = {}
@@ -75,6 +81,9 @@ class Target:
         with contextlib.suppress(VirtmountError, OSError):
             self._change()
             self._look()
+        for repair in (Repair.NOTHING, Repair.ALL) if self.driver.checks else ():
+            with contextlib.suppress(VirtmountError, OSError):
+                self._check(repair)
 
     def _make(self, base: Base, data: bytes) -> None:
         image = {at: bytearray(part) for at, part in base.pieces}
@@ -114,11 +123,19 @@ class Target:
                 disk.pwrite(at, b"new" * 100 if at + 300 <= disk.size else b"")
             disk.flush()
             size = disk.top.cluster_size
-            for at in places[1::2]:
+            # Without the parent that it names; some cannot discard over one.
+            alone = image.parent is None or image.caps.zero_hides_parent
+            for at in places[1::2] if alone else ():
                 at -= at % size
                 disk.discard(at, min(size, disk.size - at))
             disk.pwrite(places[0], b"newer")
             disk.close()
+
+    def _check(self, repair: Repair) -> None:
+        with HostFile(self.path, writable=repair is Repair.ALL, lock=False) as file:
+            for item in itertools.islice(self.driver.check(file, DEFAULTS, repair), FINDINGS):
+                if isinstance(item, Plan):
+                    execute(item, item.files if isinstance(item, Elsewhere) else [file])
 
     @contextlib.contextmanager
     def _opened(self, *, writable: bool) -> Iterator[Image]:

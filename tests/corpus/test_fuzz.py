@@ -16,7 +16,7 @@ import pytest
 from tests.corpus import bases
 
 SECONDS = int(os.environ.get("VIRTMOUNT_FUZZ", "2"))
-FEWEST = 50  # a target that does nothing but start is none
+FEWEST = 10  # a target that does nothing but start is none
 
 
 @pytest.mark.timeout(120 + SECONDS)
