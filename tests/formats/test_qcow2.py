@@ -499,7 +499,7 @@ def test_details(tmp_path: Path) -> None:
             "extended_l2": False,
             "data_file": None,
             "data_file_raw": False,
-        "encryption": None,
+            "encryption": None,
             "backing_file": "base.raw",
             "backing_format": "raw",
         }
