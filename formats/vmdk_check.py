@@ -447,6 +447,9 @@ class _Mender:
     def _leaks(self) -> None:
         """Grains that nothing uses, and what lies behind the last one."""
         tables, look = self.tables, self.look_
+        if self.claims is None:
+            text = f"more than {MAX_SLOTS} grains: not looked at for overlaps and leaks"
+            look.leak(Severity.NOTE, f"{self.name}grain tables", text)
         if self.claims is None or self._unknown:
             return
         size = tables.grain

@@ -40,6 +40,8 @@ LIMIT = 1 << 32  # sectors that an entry can name
 MIN_GRAIN, MAX_GRAIN = 512, 64 << 20
 MAX_TABLES = 1 << 20  # 4 MiB of directory
 MAX_READ = 1 << 17  # of those that are there
+CHUNK = 512  # entries that are compared with a run at once
+READ = 1 << 20  # bytes of tables read at once
 MAX_HOLES = 1 << 16  # that one session fills
 MAX_MOVED = 64 << 20  # bytes of grains that one end moves
 MAX_DIFFERENT = 8192  # tables whose copies differ and that are merged in memory
@@ -78,9 +80,8 @@ class Claims:
 
     def __init__(self, grain: int, file_size: int) -> None:
         self._grain = grain  # sectors
-        self._slots = array("H" if grain < 0xFFFF else "I")
         self.count = file_size // (grain * SECTOR) + 2
-        self._slots.frombytes(bytes(self.count * self._slots.itemsize))
+        self._slots = array("H" if grain < 0xFFFF else "I", [0]) * self.count
         self.highest = 0  # sector at which the last grain ends
 
     def take(self, entries: array[int]) -> None:
@@ -95,20 +96,26 @@ class Claims:
             raise
 
     def _take_all(self, entries: array[int], taken: list[tuple[int, int]]) -> None:
-        grain = self._grain
+        for low in range(0, len(entries), CHUNK):
+            for first, count in self._runs(entries[low : low + CHUNK]):
+                self._take(first, count)
+                taken.append((first, count))
+
+    def _runs(self, entries: array[int]) -> Iterator[tuple[int, int]]:
+        """(first, count) of grains that follow each other; as a rule all of them do."""
+        grain, count = self._grain, len(entries)
+        first = entries[0]
+        if entries[-1] - first == (count - 1) * grain and entries == array(
+            "I", range(first, first + count * grain, grain)
+        ):
+            yield first, count
+            return
         start = 0
-        while start < len(entries):
-            # As a rule a table is one run.
-            stop = start + 1
-            if start + 8 < len(entries):
-                last = entries[start] + (len(entries) - start) * grain
-                if last < LIMIT and entries[start:] == array(
-                    "I", range(entries[start], last, grain)
-                ):
-                    stop = len(entries)
-            self._take(entries[start], stop - start)
-            taken.append((entries[start], stop - start))
-            start = stop
+        for i in range(1, count):
+            if entries[i] != entries[i - 1] + grain:
+                yield entries[start], i - start
+                start = i
+        yield entries[start], count - start
 
     def _take(self, first: int, count: int) -> None:
         slot, phase = divmod(first, self._grain)
@@ -269,27 +276,77 @@ class Tables(ABC):
         second = self.redundant
         if second is None or second == self.directory:
             return
-        for index, sector in enumerate(second):
-            if not sector:
-                if self.directory[index]:
-                    self._single.append((second, index, self.directory[index]))
+        at = self.redundant_at or 0
+        inside = self._inside(filter(None, second)) and self._inside(filter(None, self.directory))
+        for index, count in self._groups(self.directory, second):
+            if count and inside and self._same(index, count):
                 continue
-            try:
-                self.check_table(self.redundant_at or 0, index, sector, "redundant grain directory")
-            except Corrupt:
-                if lenient:
-                    continue
-                raise
-            if not self.directory[index]:
-                self._single.append((self.directory, index, sector))
-                self.directory[index] = sector  # until begin() has made a copy
-                continue
+            for each in range(index, index + max(count, 1)):
+                try:
+                    if second[each]:
+                        what = "redundant grain directory"
+                        self.check_table(at, each, second[each], what)
+                    self._merge_one(each, second)
+                except Corrupt:
+                    if not lenient:
+                        raise
+
+    def _merge_one(self, index: int, second: array[int]) -> None:
+        sector = second[index]
+        if not sector:
+            if self.directory[index]:
+                self._single.append((second, index, self.directory[index]))
+        elif not self.directory[index]:
+            self._single.append((self.directory, index, sector))
+            self.directory[index] = sector  # until begin() has made a copy
+        else:
             self._merge_table(index, sector * SECTOR)
             if len(self._different) > MAX_DIFFERENT:
                 text = f"more than {MAX_DIFFERENT} grain tables differ from their copies"
                 raise NeedsRecovery(
                     self.file, "redundant grain directory", text, hint="virtmount check --repair"
                 )
+
+    def _groups(self, *directories: array[int]) -> Iterator[tuple[int, int]]:
+        """(index, count) of tables that follow each other in the file, in all the directories.
+
+        A count of 0 stands for a table that not all of them have.  Without both it is left out.
+        """
+        size = -(-self.table_size // SECTOR)
+        most = max(1, READ // self.table_size)
+        index, end = 0, len(directories[0])
+        while index < end:
+            sectors = [directory[index] for directory in directories]
+            if not all(sectors):
+                if any(sectors):
+                    yield index, 0
+                index += 1
+                continue
+            stop = index + 1
+            while stop < end and stop - index < most:
+                far = (stop - index) * size
+                if any(d[stop] != s + far for d, s in zip(directories, sectors, strict=True)):
+                    break
+                stop += 1
+            yield index, stop - index
+            index = stop
+
+    def _group(self, directory: array[int], index: int, count: int) -> bytes:
+        """So many tables, as far as the disk goes."""
+        size = -(-self.table_size // SECTOR) * SECTOR
+        length = (count - 1) * size + self.entries_in(index + count - 1) * ENTRY
+        return self.file.pread(directory[index] * SECTOR, length)
+
+    def _same(self, index: int, count: int) -> bool:
+        assert self.redundant is not None
+        first = self._group(self.directory, index, count)
+        return first == self._group(self.redundant, index, count)
+
+    def _inside(self, sectors: Iterable[int]) -> bool:
+        """Whether tables that begin there can all be right."""
+        found = sorted(sectors)
+        size = self.file.size - self.table_size
+        return not found or (found[0] * SECTOR >= self.header_size and found[-1] * SECTOR <= size)
 
     def _merge_table(self, index: int, other: int) -> None:
         at = self.table(index)
@@ -312,6 +369,18 @@ class Tables(ABC):
     def prepare(self) -> None:
         """Everything that has to be right before anything is written; Corrupt if it is not."""
         hint = "open it read-only, or virtmount check --repair"
+        owners = [sector for _, directory in self._directories() for sector in directory if sector]
+        if not self._inside(owners) or len(set(owners)) != len(owners):
+            self._refuse_tables(hint)
+        self.merge()
+        end = self._walk(hint)
+        tables_end = max(owners) * SECTOR + self.table_size if owners else 0
+        ends = [at + self.tables * ENTRY for at, _ in self._directories()]
+        self._mapped_end = max(end, tables_end, *ends, self.header_size, self.fixed_end())
+        self._next = max(self._mapped_end, self.file.size, self.used_end())
+
+    def _refuse_tables(self, hint: str) -> None:
+        """Say which one it is; the last one may end with the file."""
         owners: set[int] = set()
         for at, directory in self._directories():
             for index, sector in enumerate(directory):
@@ -323,12 +392,6 @@ class Tables(ABC):
                     text = f"table at {sector * SECTOR} has another owner: not written"
                     raise Corrupt(self.file, place, text, hint=hint)
                 owners.add(sector)
-        self.merge()
-        end = self._walk(hint)
-        tables_end = max(owners) * SECTOR + self.table_size if owners else 0
-        ends = [at + self.tables * ENTRY for at, _ in self._directories()]
-        self._mapped_end = max(end, tables_end, *ends, self.header_size, self.fixed_end())
-        self._next = max(self._mapped_end, self.file.size, self.used_end())
 
     def _walk(self, hint: str) -> int:
         """Look at every entry; where the last grain ends."""
@@ -338,11 +401,9 @@ class Tables(ABC):
             claims = Claims(sectors, self.file.size)
         limit = -(-self.file.size // SECTOR)
         end = 0
-        for index, sector in enumerate(self.directory):
-            if not sector:
-                continue
-            at = sector * SECTOR
-            raw = self.read_table(at, index)
+        for index, count in self._groups(self.directory):
+            at = self.directory[index] * SECTOR
+            raw = self._group(self.directory, index, count)
             if raw.count(0) == len(raw):
                 continue
             entries = unpacked(raw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 import subprocess
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from virtmount.errors import NeedsRecovery, ParentMissing, Unsupported, Virtmoun
 from virtmount.formats import vmdk_create
 from virtmount.formats.vmdk import VMDK
 from virtmount.formats.vmdk_descriptor import parse
+from virtmount.formats.vmdk_grains import Claims, Overlap
 from virtmount.hostfile import HostFile
 from virtmount.image import DEFAULTS
 from virtmount.plan import Plan
@@ -708,6 +710,37 @@ def test_a_child_is_checked_without_its_parent(tmp_path: Path) -> None:
     assert not found(path)
     with pytest.raises(ParentMissing):
         open_chain(path)
+
+
+@pytest.mark.parametrize("grain", [1, 8, 128])
+def test_overlaps_are_what_they_are(grain: int) -> None:
+    """Against every pair, with grains that begin anywhere, in runs and alone."""
+    random_ = random.Random(grain)
+    for _ in range(60):
+        claims = Claims(grain, 4000 * 512)
+        taken: set[int] = set()
+        for _ in range(20):
+            first = random_.randrange(1, 3000)
+            count = random_.choice((1, 1, 2, 5))
+            if random_.random() < 0.5:
+                first -= first % grain
+            entries = array("I", (first + i * grain for i in range(count)))
+            hits = any(abs(entry - other) < grain for entry in entries for other in taken)
+            if not hits:
+                claims.take(entries)
+                taken.update(entries)
+                continue
+            with pytest.raises(Overlap) as raised:
+                claims.take(entries)
+            assert raised.value.first in taken
+            assert raised.value.second in entries
+            assert abs(raised.value.first - raised.value.second) < grain
+        free = set(claims.free(0, claims.count))
+        for slot in range(claims.count):
+            used = any(
+                entry < (slot + 1) * grain and slot * grain < entry + grain for entry in taken
+            )
+            assert (slot in free) == (not used)
 
 
 def test_options_are_shown() -> None:
