@@ -27,27 +27,23 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from virtmount.errors import Corrupt
+from virtmount.formats.qcow2_head import BITMAPS_BIT, CORRUPT, DIRTY, RAW_BIT, read_head
 from virtmount.formats.qcow2_header import AUTOCLEAR_AT, MAX_REFCOUNT_TABLE
 from virtmount.formats.qcow2_refcount import coalesce, table_bytes
 from virtmount.formats.qcow2_tally import decode, encode
 from virtmount.formats.qcow2_walk import (
-    BITMAPS_BIT,
     CHUNK,
     COMPRESSED,
     COPIED,
-    CORRUPT,
-    DIRTY,
     ENTRY,
     FLAG,
     MAX_WRONG,
     OFFSET,
-    RAW_BIT,
     REBUILD,
     SECTOR,
     STEP,
     Walk,
     Wrong,
-    read_head,
 )
 from virtmount.hostfile import HostFile
 from virtmount.image import Options
