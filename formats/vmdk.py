@@ -48,7 +48,8 @@ from virtmount.formats.vmdk_descriptor import (
     parse,
     rewrite,
 )
-from virtmount.formats.vmdk_grains import ENTRY, SECTOR, ZERO_GRAIN, Tables
+from virtmount.formats.vmdk_entries import ENTRY, SECTOR
+from virtmount.formats.vmdk_grains import ZERO_GRAIN, Tables
 from virtmount.formats.vmdk_parts import MAGICS, Part, close_siblings, open_parts
 from virtmount.formats.vmdk_sparse import SparseExtent
 from virtmount.hostfile import HostFile

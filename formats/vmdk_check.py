@@ -22,18 +22,8 @@ from typing import TYPE_CHECKING
 
 from virtmount.errors import Corrupt, Unsupported
 from virtmount.formats.vmdk_descriptor import parse, rewrite
-from virtmount.formats.vmdk_grains import (
-    ENTRY,
-    LIMIT,
-    MAX_SLOTS,
-    SECTOR,
-    Claims,
-    Overlap,
-    Tables,
-    merge,
-    packed,
-    unpacked,
-)
+from virtmount.formats.vmdk_entries import ENTRY, SECTOR, Claims, Overlap, merge, packed, unpacked
+from virtmount.formats.vmdk_grains import LIMIT, MAX_SLOTS, Tables
 from virtmount.formats.vmdk_parts import Opened, Part, close_siblings, open_parts
 from virtmount.formats.vmdk_sesparse import PER_TABLE, SeSparseExtent
 from virtmount.formats.vmdk_sparse import SparseExtent

@@ -11,7 +11,8 @@ from __future__ import annotations
 from construct import Const, ConstructError, Int32ul, Struct
 
 from virtmount.errors import Corrupt, NotAnImage, Unsupported
-from virtmount.formats.vmdk_grains import MAX_GRAIN, SECTOR, Tables
+from virtmount.formats.vmdk_entries import SECTOR
+from virtmount.formats.vmdk_grains import MAX_GRAIN, Tables
 from virtmount.hostfile import HostFile
 from virtmount.plan import Step, Write
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from virtmount.errors import Unsupported
 from virtmount.formats import vmdk_cowd, vmdk_parent, vmdk_sparse
 from virtmount.formats.vmdk_descriptor import NO_PARENT
-from virtmount.formats.vmdk_grains import ENTRY, LIMIT, SECTOR, packed
+from virtmount.formats.vmdk_entries import ENTRY, SECTOR, packed
+from virtmount.formats.vmdk_grains import LIMIT
 from virtmount.plan import Barrier, Extend, Plan, Step, Write
 from virtmount.upkeep import Choice, New
 

@@ -23,7 +23,8 @@ from virtmount.formats.vmdk_descriptor import (
     looks_like_descriptor,
     parse,
 )
-from virtmount.formats.vmdk_grains import SECTOR, Tables
+from virtmount.formats.vmdk_entries import SECTOR
+from virtmount.formats.vmdk_grains import Tables
 from virtmount.formats.vmdk_sesparse import SeSparseExtent
 from virtmount.formats.vmdk_sparse import SparseExtent
 from virtmount.hostfile import HostFile

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from virtmount.errors import NeedsRecovery, Unsupported
 from virtmount.formats.vmdk_cowd import CowdExtent
 from virtmount.formats.vmdk_descriptor import Descriptor, rewrite
-from virtmount.formats.vmdk_grains import ENTRY, LIMIT, SECTOR, Tables, packed
+from virtmount.formats.vmdk_entries import ENTRY, SECTOR, packed
+from virtmount.formats.vmdk_grains import LIMIT, Tables
 from virtmount.formats.vmdk_parts import Part
 from virtmount.formats.vmdk_sparse import SparseExtent
 from virtmount.hostfile import HostFile

@@ -15,7 +15,8 @@ from typing import Any
 from construct import Bytes, Const, ConstructError, Int8ul, Int16ul, Int32ul, Int64ul, Struct
 
 from virtmount.errors import Corrupt, NotAnImage, Unsupported
-from virtmount.formats.vmdk_grains import MAX_GRAIN, MIN_GRAIN, SECTOR, Tables
+from virtmount.formats.vmdk_entries import SECTOR
+from virtmount.formats.vmdk_grains import MAX_GRAIN, MIN_GRAIN, Tables
 from virtmount.hostfile import HostFile
 from virtmount.plan import Step, Write
 

@@ -21,7 +21,8 @@ from virtmount.formats.vmdk_create import (
     sectors_of,
     tables_of,
 )
-from virtmount.formats.vmdk_grains import ENTRY, LIMIT, SECTOR, packed
+from virtmount.formats.vmdk_entries import ENTRY, SECTOR, packed
+from virtmount.formats.vmdk_grains import LIMIT
 from virtmount.plan import Barrier, Plan, Step, Write
 from virtmount.upkeep import New, Packer
 

@@ -35,7 +35,7 @@ from virtmount.errors import NeedsRecovery, ParentMissing, Unsupported, Virtmoun
 from virtmount.formats import vmdk_create
 from virtmount.formats.vmdk import VMDK
 from virtmount.formats.vmdk_descriptor import parse
-from virtmount.formats.vmdk_grains import Claims, Overlap
+from virtmount.formats.vmdk_entries import Claims, Overlap
 from virtmount.hostfile import HostFile
 from virtmount.image import DEFAULTS
 from virtmount.plan import Plan
