@@ -175,7 +175,7 @@ def members(file: object, read: Read, size: int) -> Iterator[Member]:
         if not _sum_is_right(header):
             raise Corrupt(file, place, "checksum")
         length = _number(header[124:136])
-        if length is None or at + BLOCK + length >= 1 << 62:
+        if length is None or length < 0 or at + BLOCK + length >= 1 << 62:
             raise Corrupt(file, place, f"size {header[124:136]!r}")
         kind, start = header[156:157], at + BLOCK
         at = start + -(-length // BLOCK) * BLOCK
