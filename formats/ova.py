@@ -153,7 +153,11 @@ class OVA(Image):
         return self._inner.inflate(cluster)
 
     def metadata(self) -> Iterable[Span]:
+        """And what else is in the tar."""
         yield Span(0, self._start)
+        end = self._start + self._disk.size
+        if end < self.files[0].size:
+            yield Span(end, self.files[0].size - end)
         for span in self._inner.metadata():
             yield span._replace(offset=span.offset + self._start)
 
