@@ -1,5 +1,5 @@
 /* One write over units that are written in place and units that are not, of one cluster: the whole
- * cluster moves, with what the first part of the write has just put in place. */
+ * cluster moves, with both parts of the write and the rest from wherever it lay. */
 #include "harness.h"
 
 enum { DISK = 2 * MIB, CLUSTER = 64 * KIB, UNIT = 4 * KIB, LEAF = 512, POOL = MIB };
