@@ -46,14 +46,21 @@ def _locate(base: Base) -> None:
     base.metadata = [(OVF, BLOCK), (DISK, BLOCK), (DISK + BLOCK, 79), (DISK + 2 * BLOCK, 300)]
 
 
-MAKERS = {"ova": Maker("ova", _make, CLUSTER, _locate)}
-
-
 def sealed(header: bytearray) -> bytes:
     """With the checksum that it should have."""
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
+
+
+def _seal(image: dict[int, bytearray]) -> None:
+    first = image.get(0, bytearray())
+    for at in (OVF, DISK):
+        if len(first) >= at + BLOCK:
+            first[at : at + BLOCK] = sealed(first[at : at + BLOCK])
+
+
+MAKERS = {"ova": Maker("ova", _make, CLUSTER, _locate, seal=_seal)}
 
 
 def field(at: int, offset: int, raw: bytes, *, seal: bool = True) -> Edit:
