@@ -123,7 +123,7 @@ class Opener:
             raise ParentMissing(
                 child.files[0],
                 "parent",
-                f"no image {ref.identity} found around it",
+                f"no image {ref.identity or ref.stamp} found around it",
                 hint="--search-path FOLDER",
             )
         names = " or ".join(map(repr, ref.names)) or "no name"

@@ -543,6 +543,13 @@ def test_a_parent_is_found(tmp_path: Path, hint: str) -> None:
     assert read(chain(tmp_path, hint)) == chained()
 
 
+def test_a_parent_without_a_name_is_not_there(tmp_path: Path) -> None:
+    path = chain(tmp_path, "")
+    (tmp_path / "base.vmdk").unlink()
+    with pytest.raises(ParentMissing, match="no image 1234abcd found around it"):
+        open_chain(path)
+
+
 def test_a_parent_that_was_written_since_is_refused(tmp_path: Path) -> None:
     path = chain(tmp_path, "base.vmdk")
     with virtmount.open(tmp_path / "base.vmdk", writable=True) as disk:
