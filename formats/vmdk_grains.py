@@ -327,6 +327,8 @@ class Tables(ABC):
             kept = entries if 0 not in entries else array("I", filter(None, entries))
             if self.zeroed and ZERO_GRAIN in kept:
                 kept = array("I", (entry for entry in kept if entry != ZERO_GRAIN))
+            if not kept:
+                continue
             end = max(end, highest * SECTOR + self.grain)
             if claims is None:
                 continue
