@@ -14,7 +14,7 @@ import pytest
 from tests.corpus import flips
 from tests.corpus.judge import Answer, judge
 
-COUNT = int(os.environ.get("VIRTMOUNT_FLIPS", "50"))
+COUNT = int(os.environ.get("VIRTMOUNT_FLIPS", "30"))
 SEED = os.environ.get("VIRTMOUNT_SEED", "0")
 
 pytestmark = pytest.mark.xdist_group("corpus")  # one question for all of them
