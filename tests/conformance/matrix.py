@@ -298,7 +298,7 @@ VARIANTS: tuple[Variant, ...] = (
         "dmg",
         "test_dmg.py",
         (
-            "zlib, bzip2, ADC, LZFSE (with the package `lzfse`), plain",
+            "zlib, bzip2, LZMA, ADC, LZFSE (with the package `lzfse`), plain",
             *(YES, REFUSES),
             "test_every_way_of_packing test_lzfse_without_its_package",
         ),
