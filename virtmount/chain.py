@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from virtmount import formats
-from virtmount.errors import Corrupt, Denied, ParentMissing, Unsupported
+from virtmount.errors import Corrupt, Denied, NotAnImage, ParentMissing, Unsupported
 from virtmount.hostfile import HostFile
 from virtmount.image import DEFAULTS, Chain, Image, Options, ParentRef
 from virtmount.siblings import (
@@ -182,6 +182,10 @@ class Opener:
             if self._memory > MAX_MEMORY:
                 text = f"tables of {self._memory} bytes in the chain, the most is {MAX_MEMORY}"
                 raise Unsupported(file, "", text)
+            if options.snapshot is not None and not image.snapshots():
+                close_image(image)  # what it shows is not what was asked for
+                text = f"no snapshot {options.snapshot!r}: {image.name} images hold none"
+                raise NotAnImage(file, "--snapshot", text)
             return image
         except BaseException:
             file.close()

@@ -94,7 +94,13 @@ class Parser(argparse.ArgumentParser):
                 break
             if word in self.alone:
                 words[i] = f"{word}={self.alone[word]}"
-        return super().parse_known_args(words, namespace)
+        found, rest = super().parse_known_args(words, namespace)
+        # `SOURCE -O raw TARGET`: argparse takes all that may be missing for missing at SOURCE.
+        for action in self._get_positional_actions():
+            missing = action.nargs == "?" and getattr(found, action.dest, None) is None
+            if missing and rest and not rest[0].startswith("-"):
+                setattr(found, action.dest, self._get_values(action, [rest.pop(0)]))
+        return found, rest
 
     def format_help(self) -> str:
         from virtmount import formats

@@ -148,7 +148,10 @@ def lay_over(chain: Chain, folder: str | os.PathLike[str]) -> Chain:
     The chain was opened read-only; it is taken over, and closed if this fails.
     """
     try:
-        fd, path = tempfile.mkstemp(prefix=".overlay.", suffix=".virtmount", dir=folder)
+        try:
+            fd, path = tempfile.mkstemp(prefix=".overlay.", suffix=".virtmount", dir=folder)
+        except OSError as error:  # which names a file that nobody has heard of
+            raise OSError(error.errno, error.strerror, os.fspath(folder)) from error
         try:
             file = HostFile(path, writable=True)
         finally:

@@ -64,6 +64,22 @@ class Staging:
         trace: TracebackType | None,
     ) -> None:
         self.discard()
+        if error is not None:
+            self._name_target(error)
+
+    def _name_target(self, error: BaseException) -> None:
+        """Of the files in the folder, which is gone, say where they would have been."""
+        here, there = f"{self._folder}{os.sep}", os.path.join(self.target.parent, "")
+        if isinstance(error, VirtmountError):
+            error.file = error.file.replace(here, there)
+            error.args = tuple(
+                part.replace(here, there) if isinstance(part, str) else part for part in error.args
+            )
+        elif isinstance(error, OSError):
+            if isinstance(error.filename, str):
+                error.filename = error.filename.replace(here, there)
+            elif error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                error.filename = str(self.target)  # only what is written needs room
 
     def _make_folder(self) -> Path:
         prefix = f".{self.target.name[:32]}."

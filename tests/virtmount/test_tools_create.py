@@ -389,6 +389,34 @@ def test_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == f"virtmount: {tmp_path}/none: No such file or directory\n"
 
 
+def test_errors_name_the_file_that_was_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "disk.img"
+    assert cli.main(["create", str(tmp_path / "disk.vhd"), "3T"]) == 6
+    assert capsys.readouterr().err.startswith(f"virtmount: {tmp_path}/disk.vhd: size: ")
+    with pytest.raises(OSError, match=r"full|broken") as caught, staging.Staging(target) as new:
+        raise OSError(errno.EIO, "broken", str(new.path))
+    assert caught.value.filename == str(target)
+    with pytest.raises(OSError, match=r"full|broken") as caught, staging.Staging(target):
+        raise OSError(errno.ENOSPC, "full")
+    assert caught.value.filename == str(target)
+    with pytest.raises(OSError, match=r"full|broken") as caught, staging.Staging(target):
+        raise OSError(errno.EIO, "broken")
+    assert caught.value.filename is None  # may be the source's
+
+
+def test_options_between_the_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["create", str(tmp_path / "a.img"), "-f", "vdi", "2M"]) == 0
+    assert names(tmp_path) == {"a.img"}
+    source, target = str(tmp_path / "a.img"), str(tmp_path / "b")
+    assert cli.main(["convert", source, "-O", "raw", target]) == 0
+    assert os.path.getsize(target) == 2 * MIB
+    with pytest.raises(SystemExit):
+        cli.main(["convert", source, "-O", "raw", target, "more"])
+    assert "unrecognized arguments: more" in capsys.readouterr().err
+
+
 def test_parent_of_parent_must_be_there(tmp_path: Path) -> None:
     base, middle = tmp_path / "base.vdi", tmp_path / "middle.vdi"
     create(base, MIB)

@@ -445,4 +445,12 @@ def test_format_without_snapshots(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out == ""
     with pytest.raises(NotAnImage):
         snapshots(tmp_path / "disk.vdi", "qcow2")
+    for name in ("disk.vdi", "disk.vmdk"):  # not the present state in its place
+        if name != "disk.vdi":
+            create(tmp_path / name, MIB, settings={"subformat": "monolithicFlat"})
+        assert cli.main(["info", "--snapshot", "then", str(tmp_path / name)]) == 3
+        assert "no snapshot 'then'" in capsys.readouterr().err
+        (tmp_path / name).unlink()
+    (tmp_path / "disk-flat.vmdk").unlink()
+    create(tmp_path / "disk.vdi", MIB)
     assert names(tmp_path) == {"disk.vdi"}
