@@ -151,9 +151,7 @@ class UblkDevice(Transport):
         asked = DeviceInfo(
             depth=DEPTH,
             max_io=self._params.max_io,
-            flags=features.wanted(
-                features.known(self.control), zero_copy=self._params.zero_copy
-            ),
+            flags=features.wanted(features.known(self.control), zero_copy=self._params.zero_copy),
             tag=TAG,
         )
         try:
