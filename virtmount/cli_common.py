@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -108,7 +109,10 @@ class Parser(argparse.ArgumentParser):
         names = textwrap.fill(
             ", ".join(formats.TABLE), 72, initial_indent="  ", subsequent_indent="  "
         )
-        return f"{super().format_help()}\nformats:\n{names}\n"
+        text = super().format_help()
+        for option in self.alone:  # its value, if any, comes behind "="
+            text = re.sub(rf"({option}) ([^\s\]]+)", r"\1[=\2]", text)
+        return f"{text}\nformats:\n{names}\n"
 
     def error(self, message: str) -> NoReturn:
         self.exit(self.usage_code, f"{self.prog}: {message}\nhint: {self.prog} --help\n")

@@ -454,3 +454,16 @@ def test_format_without_snapshots(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "disk-flat.vmdk").unlink()
     create(tmp_path / "disk.vdi", MIB)
     assert names(tmp_path) == {"disk.vdi"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "shown"), [("check", "[--repair[=leaks|all]]"), ("attach", "[--overlay[=DIR]]")]
+)
+def test_help_shows_a_value_that_may_be_left_out(
+    capsys: pytest.CaptureFixture[str], verb: str, shown: str
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert shown in text
+    assert f"  {shown[1:-1]} " in text
