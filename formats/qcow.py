@@ -120,7 +120,8 @@ class QCOW(Image):
             if file.writable:
                 text = "writing to an encrypted image"
                 raise Unsupported(file, "header+36", text, hint="attach it with --read-only")
-            self.cipher = luks.legacy_aes(luks.ask(file, "header+36", options))
+            if not options.described:
+                self.cipher = luks.legacy_aes(luks.ask(file, "header+36", options))
         if file.writable:
             self._open_for_writing()
 

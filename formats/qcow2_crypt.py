@@ -42,7 +42,12 @@ def place(
 
 
 def cipher(file: HostFile, method: int, at: tuple[int, int], options: Options) -> Cipher | None:
-    """Asks for the passphrase where there is encryption.  Denied if it is not the right one."""
+    """Asks for the passphrase where there is encryption.  Denied if it is not the right one.
+
+    None where nothing is encrypted, or nothing will be read.
+    """
+    if options.described:
+        return None
     if method == AES:
         return luks.legacy_aes(luks.ask(file, "header+32", options))
     if method == LUKS:

@@ -195,6 +195,7 @@ class Options:
     snapshot: str | None = None  # name or id of an internal snapshot, instead of the present state
     passphrase: Callable[[], bytes] | None = None  # asked only where one is needed
     size_from: str | None = None  # VHD: "chs" or "current", where the two differ
+    described: bool = False  # no guest data will be read: no passphrase is needed
     changing_parent: bool = False  # it is being opened to name another parent: do not insist
 
 

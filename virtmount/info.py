@@ -59,7 +59,9 @@ def inspect(
     """Describe the image at `path`; errors are those of open(), except for those of parents."""
     opener = Opener(
         path,
-        options=options or Options(allow_outside=allow_outside),
+        options=dataclasses.replace(
+            options or Options(allow_outside=allow_outside), described=True
+        ),
         parent_format=parent_format,
         force=force,
         lock=False,
@@ -75,7 +77,8 @@ def snapshots(
     path: str | os.PathLike[str], format: str | None = None, *, options: Options = DEFAULTS
 ) -> list[Snapshot]:
     """Internal snapshots, oldest first; none where the format has no such thing."""
-    image = Opener(path, options=options, lock=False).open_top(format, writable=False)
+    told = dataclasses.replace(options, described=True)
+    image = Opener(path, options=told, lock=False).open_top(format, writable=False)
     try:
         return list(image.snapshots())
     finally:

@@ -138,6 +138,11 @@ def test_no_passphrase(made: dict[str, Path], name: str) -> None:
     with pytest.raises(Denied, match="no passphrase") as caught, opened(made[name], Options()):
         pass
     assert caught.value.hint == "--passphrase-file FILE"
+    # What describes it can do without.
+    found = virtmount.inspect(made[name])
+    assert found.details["encryption"]
+    assert found.size > 0
+    assert virtmount.snapshots(made[name]) == []
 
 
 def test_the_wrong_passphrase(made: dict[str, Path]) -> None:
