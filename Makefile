@@ -77,7 +77,8 @@ fetch-kernels: $(VENV)/.test  ## fetch the kernels for device tests into the cac
 	@$(BIN)/python -m tests.vm --fetch
 
 test-host: $(VENV)/.test  ## everything that runs on this machine's kernel
-	$(BIN)/pytest -q -n auto --dist loadgroup tests
+	$(BIN)/pytest -q -n auto --dist loadfile -m "not device and not alone" tests
+	$(BIN)/pytest -q -m "device or alone" tests
 
 # Device tests under the oldest and the newest supported kernel.  An emulated machine with two
 # CPUs panics or hangs by itself now and then; its second try has one.

@@ -17,8 +17,6 @@ from tests.corpus.judge import Answer, judge
 COUNT = int(os.environ.get("VIRTMOUNT_FLIPS", "30"))
 SEED = os.environ.get("VIRTMOUNT_SEED", "0")
 
-pytestmark = pytest.mark.xdist_group("corpus")  # one question for all of them
-
 
 def names(format: str) -> list[str]:
     return [f"{format}:{SEED}:{number}" for number in range(COUNT)]

@@ -22,8 +22,6 @@ PART = 1 if mutations.PART == 1 else 40
 COUNT = int(os.environ.get("VIRTMOUNT_FLIPS", "5"))
 SEED = os.environ.get("VIRTMOUNT_SEED", "0")
 
-pytestmark = pytest.mark.xdist_group("corpus")
-
 
 def names(format: str) -> list[str]:
     known = [

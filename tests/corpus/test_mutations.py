@@ -19,7 +19,6 @@ from tests.corpus import bases, mutations
 from tests.corpus.judge import Answer, judge
 from tests.corpus.mutations import Mutation
 
-pytestmark = pytest.mark.xdist_group("corpus")  # one question for all of them
 KNOWN = mutations.all_by_name()
 ENOUGH = 40
 

@@ -34,8 +34,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import mfusepy
-
 from tests.crash.simulate import (
     SECTOR,
     Change,
@@ -47,7 +45,10 @@ from tests.crash.simulate import (
     Synced,
     Wrote,
 )
+from virtmount.fuse import load_library
 from virtmount.hostfile import fallocate
+
+mfusepy = load_library()  # libfuse 2 would cut writes into pieces that are no whole sectors
 
 CONTROL = "control"
 FUSE_CAP_ASYNC_DIO = 1 << 15

@@ -36,7 +36,7 @@ def test_qcow2_gives_no_data_a_place_that_was_a_table_at_open(folder: Path) -> N
         for extent in extents(disk.top, 0, disk.size):
             low, high = extent.host_offset, extent.host_offset + extent.length
             if extent.kind is Kind.DATA:
-                assert not any(low < at + length and at < high for at, length in asked), extent
+                assert not any(low < at + length and at < high for at, length, _ in asked), extent
     assert not made.check(file.store, made.store).leaked
 
 

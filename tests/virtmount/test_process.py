@@ -26,6 +26,7 @@ def mountinfo() -> list[str]:
     return Path("/proc/self/mountinfo").read_text().splitlines()
 
 
+@pytest.mark.alone
 def test_mounts_of_a_namespace_that_is_not_ours_are_left_alone() -> None:
     before = mountinfo()
     out = in_process(
@@ -35,6 +36,7 @@ def test_mounts_of_a_namespace_that_is_not_ours_are_left_alone() -> None:
     assert mountinfo() == before
 
 
+@pytest.mark.alone
 def test_own_namespace_keeps_what_is_needed_and_nothing_else(tmp_path: Path) -> None:
     kept, other = tmp_path / "ke pt", tmp_path / "other"
     for folder in (kept, other):
