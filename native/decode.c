@@ -53,7 +53,8 @@ int vm_decode(const struct vm_layout *layout, const void *raw, uint64_t raw_coun
         if (kind == VM_DATA || kind == VM_SHARED) {
             bool wrong = __builtin_mul_overflow(entry & layout->mask, layout->scale, &host)
                          || __builtin_add_overflow(host, layout->bias, &host);
-            if (wrong || host < layout->low || host & (layout->align - 1) || host >= limit || host >= 1ULL << 59
+            if (wrong || host < layout->low || host & (layout->align - 1) || host >= limit
+                || host >= 1ULL << 59
                 || touches(forbidden, forbidden_count, host, repeat * unit))
                 kind = VM_INVALID;
         }

@@ -150,6 +150,24 @@ int vm_engine_set_cipher(struct vm_engine *engine, uint32_t file, const struct v
     return error;
 }
 
+int vm_engine_set_zones(struct vm_engine *engine, const uint64_t *ends, const uint32_t *files,
+                        uint32_t count)
+{
+    uint64_t cluster = 1ULL << engine->config.cluster_shift;
+    for (uint32_t i = 0; i < count; i++)
+        if (i + 1 < count && (ends[i] % cluster || ends[i] >= ends[i + 1]))
+            return -EINVAL;
+    struct pool *pools = count ? calloc(count, sizeof *pools) : NULL;
+    if (!pools)
+        return count ? -ENOMEM : -EINVAL;
+    for (uint32_t i = 0; i < count; i++)
+        pools[i] = (struct pool){.end = i + 1 < count ? ends[i] : UINT64_MAX, .file = files[i]};
+    free(engine->pools);
+    engine->pools = pools;
+    engine->pool_count = count;
+    return 0;
+}
+
 /* Commands: what the loop does for other threads. */
 
 static void answer_refill(struct vm_engine *engine, uint64_t offset, int error)
@@ -178,24 +196,6 @@ static void answer_inflate(struct vm_engine *engine, const struct fault *fault, 
         request->inflate_error = error;
         request_run(engine, request);
     }
-}
-
-int vm_engine_set_zones(struct vm_engine *engine, const uint64_t *ends, const uint32_t *files,
-                        uint32_t count)
-{
-    uint64_t cluster = 1ULL << engine->config.cluster_shift;
-    for (uint32_t i = 0; i < count; i++)
-        if (i + 1 < count && (ends[i] % cluster || ends[i] >= ends[i + 1]))
-            return -EINVAL;
-    struct pool *pools = count ? calloc(count, sizeof *pools) : NULL;
-    if (!pools)
-        return count ? -ENOMEM : -EINVAL;
-    for (uint32_t i = 0; i < count; i++)
-        pools[i] = (struct pool){.end = i + 1 < count ? ends[i] : UINT64_MAX, .file = files[i]};
-    free(engine->pools);
-    engine->pools = pools;
-    engine->pool_count = count;
-    return 0;
 }
 
 static int answer(struct vm_engine *engine, struct command *command)

@@ -67,8 +67,8 @@ enum vm_flag {
     VM_WRITETHROUGH = 2,  /* every write is durable before it is acknowledged */
     VM_CAN_ZERO = 4,      /* whole clusters can be made to read as zeros: ZERO faults are answered */
     VM_CAN_DISCARD = 8,   /* DISCARD faults are answered; without it a discard does nothing */
-    VM_IDENTITY = 32,     /* a new cluster lies at its guest offset of file identity_file: no pool */
-    VM_FLAT = 16          /* no map: guest byte b is byte flat_offset + b of file flat_file */
+    VM_FLAT = 16,         /* no map: guest byte b is byte flat_offset + b of file flat_file */
+    VM_IDENTITY = 32      /* a new cluster lies at its guest offset of file identity_file: no pool */
 };
 
 struct vm_config {
@@ -124,7 +124,7 @@ void vm_engine_stop(struct vm_engine *engine);
 enum vm_fault_type {
     VM_FAULT_FILL = 1,     /* offset: guest offset of a leaf -> vm_fill */
     VM_FAULT_INFLATE = 2,  /* offset: guest offset of a unit, arg: layer -> vm_inflated */
-    VM_FAULT_REFILL = 3,   /* arg: clusters wanted, offset: for which place -> vm_pool_add as often as needed, then vm_answer */
+    VM_FAULT_REFILL = 3,   /* arg: clusters wanted for the zone of guest offset -> vm_pool_add as often as needed, then vm_answer */
     VM_FAULT_BEGIN = 4,    /* the first write of the session waits -> vm_answer */
     VM_FAULT_FLUSH = 5,    /* make everything acknowledged so far durable -> vm_answer */
     VM_FAULT_DISCARD = 6,  /* offset, length: whole clusters, nothing else uses them until -> vm_answer */
